@@ -1,0 +1,92 @@
+"""Multi-task learning for vision: N tasks trained together, with what they share as one line of a config.
+
+The public names are below; each is imported when it is first used, so that `import mtl` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtl.backbones import Backbone as Backbone
+    from mtl.balancing import Balancer as Balancer
+    from mtl.balancing import Scalarization as Scalarization
+    from mtl.batches import Augment as Augment
+    from mtl.build import dry_run as dry_run
+    from mtl.build import evaluate_run as evaluate_run
+    from mtl.build import train as train
+    from mtl.config import DataConfig as DataConfig
+    from mtl.config import RunConfig as RunConfig
+    from mtl.config import load as load_config
+    from mtl.cross_stitch import CrossStitch as CrossStitch
+    from mtl.cross_stitch import CrossStitchUnit as CrossStitchUnit
+    from mtl.data import ArrayDataset as ArrayDataset
+    from mtl.data import Split as Split
+    from mtl.errors import ConfigError as ConfigError
+    from mtl.errors import DataError as DataError
+    from mtl.errors import MTLError as MTLError
+    from mtl.errors import PluginError as PluginError
+    from mtl.errors import RunError as RunError
+    from mtl.heads import Classification as Classification
+    from mtl.heads import Head as Head
+    from mtl.metrics import Metric as Metric
+    from mtl.optim import OptimConfig as OptimConfig
+    from mtl.options import Options as Options
+    from mtl.progress import for_terminal as for_terminal
+    from mtl.registry import load_plugin_file as load_plugin_file
+    from mtl.registry import register_backbone as register_backbone
+    from mtl.registry import register_balancer as register_balancer
+    from mtl.registry import register_dataset as register_dataset
+    from mtl.registry import register_task as register_task
+    from mtl.registry import register_unit as register_unit
+    from mtl.sharing import Exchange as Exchange
+    from mtl.sharing import HardShared as HardShared
+    from mtl.sharing import SplitAt as SplitAt
+    from mtl.sharing import Unshared as Unshared
+    from mtl.task import Task as Task
+    from mtl.trainer import RunResult as RunResult
+    from mtl.units import ExchangeUnit as ExchangeUnit
+
+_HOME = {
+    "backbones": ("Backbone",),
+    "balancing": ("Balancer", "Scalarization"),
+    "batches": ("Augment",),
+    "build": ("dry_run", "evaluate_run", "train"),
+    "config": ("DataConfig", "RunConfig", "load_config"),
+    "cross_stitch": ("CrossStitch", "CrossStitchUnit"),
+    "data": ("ArrayDataset", "Split"),
+    "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
+    "heads": ("Classification", "Head"),
+    "metrics": ("Metric",),
+    "optim": ("OptimConfig",),
+    "options": ("Options",),
+    "progress": ("for_terminal",),
+    "registry": (
+        "load_plugin_file",
+        "register_backbone",
+        "register_balancer",
+        "register_dataset",
+        "register_task",
+        "register_unit",
+    ),
+    "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
+    "task": ("Task",),
+    "trainer": ("RunResult",),
+    "units": ("ExchangeUnit",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'mtl' has no attribute {name!r}")
+    value = getattr(import_module(f"mtl.{_MODULE_OF[name]}"), "load" if name == "load_config" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

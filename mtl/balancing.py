@@ -1,0 +1,106 @@
+"""Balancers: how T losses become one update of what the tasks share.
+
+A balancer owns the backward pass, so a method that works on gradients per task has the same interface as one that sums
+losses; the trainer cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtl.registry import register_balancer
+
+
+class Balancer(nn.Module, ABC):
+    """Turns weighted task losses into gradients.
+
+    A factory registered with `@mtl.register_balancer` is called with (tasks[, options]), the task names in order, and returns one
+    of these. Its parameters, if any, are optimised with the model's, without weight decay.
+    """
+
+    @abstractmethod
+    def backward(self, losses: Tensor, features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Accumulate into `.grad` of every parameter that the losses depend on, this balancer's own included.
+
+        Args:
+            losses: (T,), weighted task losses of one batch, with their graph.
+            features: T tensors, what the heads consume.
+            shared_parameters: everything below `features`: trunk, towers and exchange units.
+
+        Returns:
+            The objective that was differentiated, a detached scalar.
+        """
+
+
+class Scalarization(Balancer):
+    """A balancer that combines the losses into one number and differentiates that."""
+
+    @abstractmethod
+    def combine(self, losses: Tensor) -> Tensor:
+        """losses (T,) -> a scalar."""
+
+    def backward(self, losses: Tensor, features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Differentiate `combine(losses)`."""
+        total = self.combine(losses)
+        total.backward()
+        return total.detach()
+
+
+class Sum(Scalarization):
+    """The plain sum of the weighted losses, as the reference protocol has it.
+
+    With ordinary regularisation and equal tuning it matches or beats special methods (Kurin et al. 2022, arXiv 2201.04122).
+    """
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """sum_t losses[t]"""
+        return losses.sum()
+
+
+class UncertaintyWeighting(Scalarization):
+    """Homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115, equation 10 with s_t = log sigma_t^2).
+
+    sum_t exp(-s_t) L_t + s_t / 2, s_t learned from 0. That is the paper's form for classification; its regression form has
+    exp(-s_t) / 2, a constant factor that s_t absorbs.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(tasks))
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """sum_t exp(-s_t) losses[t] + s_t / 2"""
+        return (torch.exp(-self.log_variance) * losses + self.log_variance / 2).sum()
+
+
+class RandomWeighting(Scalarization):
+    """Random loss weighting (Lin et al. 2022, arXiv 2111.10603): fresh weights softmax(z), z ~ N(0, I), every step.
+
+    Differs from the paper by the factor T, so that the expected objective is the plain sum and a learning rate carries over.
+    """
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """T sum_t softmax(z)_t losses[t]"""
+        return len(losses) * (torch.softmax(torch.randn_like(losses), dim=0) * losses).sum()
+
+
+@register_balancer("fixed")
+def fixed(tasks: Sequence[str]) -> Sum:
+    """The tasks' own weights, constant."""
+    return Sum()
+
+
+@register_balancer("uncertainty")
+def uncertainty(tasks: Sequence[str]) -> UncertaintyWeighting:
+    """Learned homoscedastic uncertainty."""
+    return UncertaintyWeighting(len(tasks))
+
+
+@register_balancer("random")
+def random(tasks: Sequence[str]) -> RandomWeighting:
+    """Random weights every step: the baseline that methods which claim to balance should beat."""
+    return RandomWeighting()

@@ -1,0 +1,143 @@
+"""From samples on a device to the batches of a step.
+
+Order is a pure function of (seed, dataset, epoch); augmentation of (seed, dataset, epoch, sample). Neither depends on what ran
+before, so nothing about them needs to be saved. A batch is an index into tensors that already lie on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtl.data import Samples
+from mtl.errors import ConfigError
+from mtl.options import Options
+from mtl.seeding import hash_uniform, permutation
+
+
+class Augment(Options):
+    """Random changes to training images; none by default."""
+
+    crop: int = Field(0, ge=0)
+    """Pad by this many black pixels on every side, then crop back at a random place; 0: no crop."""
+    flip: bool = False
+    """Mirror left and right with probability one half."""
+
+    def __bool__(self) -> bool:
+        return self.crop > 0 or self.flip
+
+    def __call__(self, images: Tensor, sample: Tensor, seed: int, *stream: str | int) -> Tensor:
+        """images (B, C, H, W) and their sample numbers (B,) -> images of the same shape and dtype."""
+        if not self:
+            return images
+        batch, channels, height, width = images.shape
+        device = images.device
+        rows = torch.arange(height, device=device).expand(batch, height)
+        columns = torch.arange(width, device=device).expand(batch, width)
+        if self.flip:
+            mirrored = hash_uniform(sample, seed, "flip", *stream) < 0.5
+            columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+        if self.crop:
+            images = F.pad(images, (self.crop,) * 4)
+            span = 2 * self.crop + 1
+            rows = rows + (hash_uniform(sample, seed, "top", *stream) * span).long()[:, None]
+            columns = columns + (hash_uniform(sample, seed, "left", *stream) * span).long()[:, None]
+        b = torch.arange(batch, device=device)[:, None, None, None]
+        c = torch.arange(channels, device=device)[None, :, None, None]
+        return images[b, c, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of one dataset: images (B, ...) in their own dtype, targets and masks of its tasks."""
+
+    dataset: str
+    images: Tensor
+    targets: Mapping[str, Tensor]
+    valid: Mapping[str, Tensor | None]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+Step = list[list[Batch]]
+"""What one optimizer update consumes: micro-batches, each a list of one batch per dataset, ordered by dataset name."""
+
+
+class Feed:
+    """The training batches of one or several datasets.
+
+    The dataset with the most samples drives: an epoch is one pass over it. The others take as many batches of the same size,
+    in passes of their own over fresh permutations.
+
+    Args:
+        samples: dataset name -> its training samples.
+        batch_size: samples per dataset and micro-batch. A remainder of one joins the batch before it: batch norm refuses it.
+        accumulate: micro-batches per step.
+        seed: of the run.
+        augment: applied to images.
+    """
+
+    def __init__(
+        self, samples: Mapping[str, Samples], batch_size: int, accumulate: int, seed: int, augment: Augment | None = None
+    ) -> None:
+        self.samples = {name: samples[name] for name in sorted(samples)}
+        self.augment = augment or Augment()
+        for name, part in self.samples.items():
+            if self.augment and len(part.shape) != 3:
+                raise ConfigError([f"data.augment needs images (C, H, W); samples of dataset {name!r} are {part.shape}"])
+            if self.augment.crop >= min(part.shape[-2:], default=0) > 0 and self.augment.crop:
+                raise ConfigError([f"data.augment.crop={self.augment.crop} is not below the image size {part.shape[-2:]}"])
+        self.seed = seed
+        self.accumulate = accumulate
+        longest = max(len(part) for part in self.samples.values())
+        self.bounds = batch_bounds(longest, batch_size)
+        self.steps_per_epoch = math.ceil(len(self.bounds) / accumulate)
+
+    def epoch(self, epoch: int) -> Iterator[Step]:
+        """The steps of epoch `epoch` (from 1)."""
+        orders = {name: self._order(name, epoch) for name in self.samples}
+        for i in range(0, len(self.bounds), self.accumulate):
+            micro = self.bounds[i : i + self.accumulate]
+            yield [[self._batch(name, orders[name][a:b], epoch) for name in self.samples] for a, b in micro]
+
+    def _order(self, name: str, epoch: int) -> Tensor:
+        """Positions of dataset `name` in the order of this epoch, as many as the driving dataset has (or its own, repeated)."""
+        part, needed = self.samples[name], self.bounds[-1][1]
+        passes = math.ceil(needed / len(part))
+        order = torch.cat([permutation(len(part), self.seed, "order", name, epoch, i) for i in range(passes)])
+        return order[:needed].to(part.images.device)
+
+    def _batch(self, name: str, index: Tensor, epoch: int) -> Batch:
+        part = self.samples[name]
+        images = self.augment(part.images[index], index, self.seed, "augment", name, epoch)
+        targets = {task: target[index] for task, target in part.targets.items()}
+        valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
+        return Batch(name, images, targets, valid)
+
+
+def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch over `count` samples; a remainder of one joins the batch before it.
+
+    >>> batch_bounds(7, 3)
+    [(0, 3), (3, 7)]
+    """
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def in_order(part: Samples, batch_size: int) -> Iterator[Batch]:
+    """The samples of a split in their own order, for evaluation: slices, without a copy."""
+    for a in range(0, len(part), batch_size):
+        b = a + batch_size
+        targets = {task: target[a:b] for task, target in part.targets.items()}
+        valid = {task: None if mask is None else mask[a:b] for task, mask in part.valid.items()}
+        yield Batch(part.dataset, part.images[a:b], targets, valid)

@@ -1,0 +1,241 @@
+"""From a config to a ready run: the only place where everything is composed."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtl.balancing import Balancer
+from mtl.batches import Feed
+from mtl.checkpoint import load_weights
+from mtl.config import Choice, RunConfig, load
+from mtl.data import Samples, Split, data_root, load_splits
+from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
+from mtl.evaluation import evaluate, mean_score
+from mtl.hardware import computes_in_bf16
+from mtl.model import MultiTaskModel, backbone_maker
+from mtl.optim import L2, make_optimizer, make_schedule
+from mtl.progress import Progress, Silent
+from mtl.registry import BACKBONES, BALANCERS, DATASETS
+from mtl.rundir import make_directory, refuse_to_overwrite
+from mtl.standardize import Standardize
+from mtl.task import Task, make_task
+from mtl.tracking import Rows, TensorBoard
+from mtl.trainer import Run, RunResult, fit, train_step
+
+
+
+def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> RunResult:
+    """Train one run: checks everything, then trains, then reads the test split once.
+
+    Args:
+        config: what to train.
+        run_dir: where its files go; must not hold a run. None: a fresh folder under `runs/`.
+        progress: what to show meanwhile; None: nothing.
+
+    Raises:
+        MTLError: anything a user can mend. Nothing already written is overwritten.
+    """
+    return fit(run(config, run_dir, progress))
+
+
+def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> Run:
+    """Everything a run needs, built and checked; only then is its directory made."""
+    if run_dir is not None:
+        refuse_to_overwrite(Path(run_dir))
+    config = resolved(config)
+    tasks = make_tasks(config)
+    samples = load_data(config, tasks)
+    model = make_model(config, tasks, input_shape(samples[Split.TRAIN]))
+    for name, part in samples[Split.TRAIN].items():
+        model.inputs[name].fit(part)  # type: ignore[operator]
+    feed = Feed(samples[Split.TRAIN], config.batch_size, config.optim.accumulate, config.seed, config.data.augment)
+    balancer = make_balancer(config.balancer, tasks).to(config.device)
+    exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
+    optimizer = make_optimizer(config.optim, model, exchange, balancer, config.sharing.unit_lr_factor)
+    total = min(feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
+    directory = make_directory(run_dir, config)
+    return Run(
+        config=config,
+        directory=directory,
+        model=model,
+        samples=samples,
+        feed=feed,
+        balancer=balancer,
+        optimizer=optimizer,
+        schedule=make_schedule(config.optim, optimizer, total, feed.steps_per_epoch),
+        l2=L2(optimizer, config.optim.l2),
+        autocast=autocast(config),
+        tracker=TensorBoard(directory / "tb"),
+        rows=Rows(directory / "metrics.jsonl"),
+        progress=progress or Silent(),
+    )
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The config with every `auto` replaced by what it became here, by fixed rules, and the data folder made absolute.
+
+    device: CUDA where there is one, else the CPU. precision: bf16 on a CUDA device of compute capability 8 or more and on CPUs
+    with bf16 instructions (AVX512-BF16, AMX), else fp32.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"device: {name!r} cannot be used here: {reason}; use auto or cpu"]) from None
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(torch.device(name)) else "fp32"
+    data = config.data.model_copy(update={"root": data_root(config.data.root).absolute()})
+    return config.replaced(device=name, precision=precision, data=data)
+
+
+def autocast(config: RunConfig) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context in which forward passes run."""
+    enabled = config.precision == "bf16"
+    return partial(torch.autocast, torch.device(config.device).type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def make_tasks(config: RunConfig) -> list[Task]:
+    """The tasks of a config.
+
+    Raises:
+        ConfigError: options for a dataset that no task uses, or a task whose dataset is not registered; all of them.
+    """
+    tasks = [make_task(choice.name, choice.options, choice.weight) for choice in config.tasks]  # type: ignore[arg-type]
+    known = DATASETS.names()
+    used = sorted({task.dataset for task in tasks})
+    wrong = [f"task {t.name!r}: {unknown('dataset', t.dataset, known)}" for t in tasks if t.dataset not in known]
+    wrong += [f"data.datasets: {unknown('dataset', n, used)} by these tasks" for n in config.data.datasets if n not in used]
+    if wrong:
+        raise ConfigError(wrong)
+    return tasks
+
+
+def load_data(
+    config: RunConfig, tasks: list[Task], splits: Sequence[Split] = tuple(Split)
+) -> dict[Split, dict[str, Samples]]:
+    """Split -> dataset name -> samples, on the device, in the order of dataset names."""
+    samples: dict[Split, dict[str, Samples]] = {split: {} for split in Split}
+    for name in sorted({task.dataset for task in tasks}):
+        parts = load_splits(
+            name,
+            [task for task in tasks if task.dataset == name],
+            data_root(config.data.root),
+            config.data.datasets.get(name),
+            config.data.validation,
+            config.data.split_seed,
+            config.device,
+            splits,
+        )
+        for split, part in parts.items():
+            samples[split][name] = part
+    return samples
+
+
+def input_shape(training: Mapping[str, Samples]) -> tuple[int, ...]:
+    """The one shape of all samples, (C, H, W) or (D,).
+
+    Raises:
+        DataError: datasets whose samples differ in shape; towers that exchange must agree.
+    """
+    shapes = {name: part.shape for name, part in training.items()}
+    first = next(iter(shapes.values()))
+    if any(shape != first for shape in shapes.values()):
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise DataError(f"datasets trained together must have samples of one shape; found {found}; resize or pad them")
+    return first
+
+
+def make_model(config: RunConfig, tasks: list[Task], shape: tuple[int, ...]) -> MultiTaskModel:
+    """The network on its device, for samples of `shape`; standardisation is not fitted yet."""
+    make = backbone_maker(BACKBONES.get(config.backbone.name), shape, config.backbone.options)
+    inputs = {name: Standardize(shape, config.data.standardize) for name in sorted({task.dataset for task in tasks})}
+    model = MultiTaskModel(tasks, make, config.sharing, inputs, shape, config.seed)
+    return model.to(device=config.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def make_balancer(choice: Choice, tasks: list[Task]) -> Balancer:
+    """The balancer of a config, checked."""
+    plugin = BALANCERS.get(choice.name)
+    made = plugin.create([task.name for task in tasks], options=choice.options)
+    if not isinstance(made, Balancer):
+        raise PluginError(f"{plugin} must give an mtl.Balancer; found {type(made).__name__}")
+    return made
+
+
+def evaluate_run(
+    run_dir: str | Path, split: str = Split.TEST, weights: str = "best", device: str = "auto", data: str | None = None
+) -> dict[str, Any]:
+    """{task: {metric: value}} and `score` of a finished or interrupted run's weights on a split.
+
+    Args:
+        run_dir: of the run.
+        split: train, val or test.
+        weights: "best" or "last".
+        device: to evaluate on.
+        data: folder of the datasets; None: where the run found them.
+
+    Raises:
+        MTLError: not a run, no such split, or data that changed their shape.
+    """
+    directory = Path(run_dir)
+    if not (directory / "config.yaml").is_file():
+        raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
+    if split not in list(Split):
+        raise ConfigError([unknown("split", split, list(Split))])
+    config = load(directory / "config.yaml")
+    placed = config.data.model_copy(update={"root": data}) if data is not None else config.data
+    config = resolved(config.replaced(device=device, data=placed))
+    tasks = make_tasks(config)
+    samples = load_data(config, tasks, [Split(split)])[Split(split)]
+    if not samples:
+        raise DataError(f"this run has no {split} split")
+    model = make_model(config, tasks, input_shape(samples))
+    load_weights(directory / "checkpoints" / f"{weights}.safetensors", model)
+    figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
+    return {**figures, "score": mean_score(model.tasks, figures)}
+
+
+def dry_run(config: RunConfig) -> dict[str, Any]:
+    """Build a run, take one step, and say what it consists of. Leaves no run directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready = run(config, Path(folder) / "run")
+        step = next(ready.feed.epoch(1))
+        images = {batch.dataset: batch.images for batch in step[0]}
+        ready.model.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as forward:
+            ready.model({name: x[:1] for name, x in images.items()})
+        ready.model.train()
+        started = time.monotonic()
+        losses = train_step(ready, step).tolist()
+        seconds = time.monotonic() - started
+        ready.tracker.close()
+    model = ready.model
+    return {
+        "tasks": {task.name: {"dataset": task.dataset, "target": task.target, **task.head.describe()} for task in model.tasks},
+        "samples": {split: {name: len(part) for name, part in parts.items()} for split, parts in ready.samples.items()},
+        "input_shape": list(next(iter(ready.samples[Split.TRAIN].values())).shape),
+        "layer_points": [{"point": p.name, "shape": list(p.shape), "role": p.role} for p in model.points],
+        "parameters": model.parameter_count(),
+        "parameters_exchange": sum(p.numel() for unit in model.exchange().values() for p in unit.parameters()),
+        "flops_forward_per_image": forward.get_total_flops(),
+        "steps": min(ready.feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize),
+        "first_step_loss": dict(zip([task.name for task in model.tasks], losses, strict=False)),
+        "first_step_seconds": round(seconds, 4),
+        "device": ready.config.device,
+        "precision": ready.config.precision,
+        "config_digest": ready.config.digest(),
+    }

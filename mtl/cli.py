@@ -1,0 +1,221 @@
+"""The command line: `mtl train`, `evaluate`, `tasks`, `backbones`, `config schema`.
+
+A user error ends with exit status 2 and one message, never a traceback. With `--json` standard output holds exactly one JSON
+object and everything else goes to standard error. Heavy imports happen inside the commands, so that `mtl --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mtl.errors import MTLError
+
+app = typer.Typer(
+    name="mtl",
+    help="Train N vision tasks together, and find out whether sharing between them helps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="About configs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE.py", help="Python file that registers tasks and more. It is run: trust it like a program."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.lr=1e-3 epochs=3")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What to train; see examples/configs/.")],
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run's files go; new or empty. Default: under runs/.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build, take one step, print shapes and costs, leave no files.")] = False,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Train one run."""
+    load_plugins(plugin)
+    from mtl import build
+    from mtl.config import load
+    from mtl.progress import for_terminal
+
+    loaded = load(config, overrides or [])
+    if dry_run:
+        show(build.dry_run(loaded), as_json)
+        return
+    result = build.train(loaded, run_dir, for_terminal())
+    if as_json:
+        show(vars(result), as_json)
+    else:
+        print_result(vars(result))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    weights: Annotated[str, typer.Option(help="best or last")] = "best",
+    device: Annotated[str, typer.Option(help="As torch names it, or auto.")] = "auto",
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the datasets. Default: where the run found them.")] = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Metrics of a run's weights on a split."""
+    load_plugins(plugin)
+    from mtl import build
+
+    figures = build.evaluate_run(run, split, weights, device, data_root)
+    if as_json:
+        show({"run_dir": str(run), "split": split, "weights": weights, **figures}, as_json)
+    else:
+        print_figures({split: figures})
+
+
+@app.command()
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A task, to load it and show what it predicts.")] = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """List registered tasks (imports none of them), or show one."""
+    load_plugins(plugin)
+    from mtl.registry import TASKS
+
+    if name is None:
+        list_names(TASKS.origins(), "tasks", as_json)
+        return
+    from mtl.task import make_task
+
+    task = make_task(name)
+    metrics = {m.name: {"better": m.better, "score": m.score} for m in task.all_metrics}
+    about = {"name": name, "dataset": task.dataset, "target": task.target, "weight": task.weight, **task.head.describe()}
+    show({**about, "metrics": metrics, "origin": TASKS.origins()[name]}, as_json)
+
+
+@app.command()
+def backbones(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A backbone, to list its legal layer points.")] = None,
+    input_shape: Annotated[str, typer.Option(help="Of one sample: CxHxW, or D for feature vectors.")] = "3x64x64",
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """List registered backbones (imports none of them), or the layer points of one with channels and stride."""
+    load_plugins(plugin)
+    from mtl.registry import BACKBONES
+
+    if name is None:
+        list_names(BACKBONES.origins(), "backbones", as_json)
+        return
+    from mtl.errors import ConfigError
+    from mtl.model import describe_backbone
+
+    try:
+        shape = tuple(int(extent) for extent in input_shape.split("x"))
+        if len(shape) not in (1, 3) or min(shape) < 1:
+            raise ValueError
+    except ValueError:
+        raise ConfigError([f"--input-shape {input_shape!r} is not of the form CxHxW (3x64x64) or D (128)"]) from None
+    about = describe_backbone(BACKBONES.get(name), shape)
+    if as_json:
+        show(about, as_json)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}, input {input_shape}, features {about['features']}, {about['parameters']:,} parameters")
+    for heading in ("layer point", "default", "channels", "stride", "shape"):
+        table.add_column(heading)
+    for point in about["points"]:
+        stride = "" if point["stride"] is None else f"{point['stride']:g}"
+        shape_text = "x".join(str(extent) for extent in point["shape"])
+        table.add_row(point["name"], "yes" if point["default"] else "", str(point["channels"]), stride, shape_text)
+    Console().print(table)
+
+
+@config_app.command("schema")
+def config_schema(plugin: Plugins = None) -> None:
+    """The JSON schema of every key, for editors."""
+    load_plugins(plugin)
+    from mtl.config import json_schema
+
+    show(json_schema(), as_json=True)
+
+
+def load_plugins(paths: list[Path] | None) -> None:
+    """Run the files given with `--plugin`."""
+    if paths:
+        from mtl.registry import load_plugin_file
+
+        for path in paths:
+            load_plugin_file(path)
+
+
+def show(value: dict[str, Any], as_json: bool) -> None:
+    """Print a mapping: as one JSON object, or as YAML for people."""
+    if as_json:
+        print(json.dumps(value, indent=2, allow_nan=False))
+        return
+    import yaml
+
+    print(yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True), end="")
+
+
+def list_names(origins: dict[str, str], what: str, as_json: bool) -> None:
+    """Names with where they come from."""
+    if as_json:
+        show({what: [{"name": name, "origin": origin} for name, origin in origins.items()]}, as_json)
+        return
+    width = max(map(len, origins), default=0)
+    for name, origin in origins.items():
+        print(f"{name:{width}}  {origin}")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A finished run for people: a table of figures, and where everything is."""
+    print_figures({split: result[split] for split in ("val", "test") if result[split] is not None})
+    print(
+        f"{result['sharing']}, seed {result['seed']}: best epoch {result['best_epoch']} of {result['epochs']}, "
+        f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s "
+        f"({result['device']}, {result['precision']}, config {result['config_digest']})\n{result['run_dir']}"
+    )
+
+
+def print_figures(splits: dict[str, dict[str, Any]]) -> None:
+    """Task by metric, for each split."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("split", "task", "n", "metric", "value"):
+        table.add_column(heading, justify="right" if heading in ("n", "value") else "left")
+    for split, figures in splits.items():
+        for task, of_task in figures.items():
+            if task == "score":
+                continue
+            for metric, value in of_task.items():
+                if metric != "n":
+                    table.add_row(split, task, f"{of_task['n']:,}", metric, "n/a" if value is None else f"{value:.4f}")
+        table.add_row(split, "mean of tasks", "", "score", "n/a" if figures["score"] is None else f"{figures['score']:.4f}")
+        table.add_section()
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; turn a user's mistake into one message and exit status 2, Ctrl-C into 130."""
+    try:
+        app()
+    except MTLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,338 @@
+"""The configuration of a run: one closed schema, read from YAML, changed by dotted overrides, validated once.
+
+Names resolve through the registry while the config is validated, so that a misspelt task and a misspelt key are reported
+together. In a config a string where a mapping may stand means `{name: that}`, or `{kind: that}` for sharing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, WithJsonSchema, field_validator
+
+from mtl.batches import Augment
+from mtl.errors import ConfigError, MTLError
+from mtl.optim import OptimConfig
+from mtl.options import Options, problems
+from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Registry
+from mtl.sharing import STRUCTURAL, Sharing, kinds, model_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A registered name and its options (None: the plugin takes none)."""
+
+    name: str
+    options: BaseModel | None = None
+    weight: float | None = None
+
+    def dump(self) -> Any:
+        """As it stands in a config: the bare name where that says all."""
+        rest = self.options.model_dump(mode="json") if self.options else {}
+        if self.weight is not None:
+            rest["weight"] = self.weight
+        return {"name": self.name, **rest} if rest else self.name
+
+
+class _Entry(Options):
+    """What every mapping for a task may hold beside the task's own options."""
+
+    weight: float | None = Field(None, gt=0)
+
+
+def _choose(registry: Registry, value: Any) -> Choice:
+    if isinstance(value, Choice):
+        return value
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise ValueError(f"must be a name, or a mapping with a name; found {value!r}")
+    given = dict(given)
+    name = given.pop("name")
+    entry = _Entry(weight=given.pop("weight", None)) if registry is TASKS else _Entry()
+    try:
+        plugin = registry.get(name)
+    except MTLError as error:
+        raise ValueError(str(error)) from error
+    options = _options(plugin.options, given, str(plugin))
+    return Choice(name, options, entry.weight)
+
+
+def _options(model: type[BaseModel] | None, given: Mapping[str, Any], who: str) -> BaseModel | None:
+    if model is None:
+        if given:
+            raise ValueError(f"{who} takes no options; found {', '.join(given)}")
+        return None
+    return model.model_validate(given)
+
+
+def _share(value: Any) -> Sharing:
+    if isinstance(value, Sharing):
+        return value
+    given = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or "kind" not in given:
+        raise ValueError(f"must be a kind, or a mapping with a kind; found {value!r}; kinds: {', '.join(kinds())}")
+    try:
+        model = model_of(given["kind"])
+    except MTLError as error:
+        raise ValueError(str(error)) from error
+    return model.model_validate(given)
+
+
+def _choice_of(registry: Registry) -> Any:
+    return Annotated[
+        Choice,
+        PlainValidator(lambda value: _choose(registry, value)),
+        PlainSerializer(lambda choice: choice.dump()),
+        WithJsonSchema({"$ref": f"#/$defs/{registry.word}"}),
+    ]
+
+
+class DataConfig(Options):
+    """Where data are, and what is done to them."""
+
+    root: Path | None = None
+    """Folder of the datasets; null: the environment's MTL_DATA_ROOT, else ./data."""
+    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 5000
+    """Training samples held out to select weights on: a count, or a share below 1. 0: the last epoch is taken, untested."""
+    split_seed: int = 0
+    """Which samples are held out; not the run's seed, so that arms and seeds share one split."""
+    standardize: Literal["pixel", "channel", "none"] = "channel"
+    """Subtract mean and divide by standard deviation of the training split, per position and channel, or per channel."""
+    augment: Augment = Augment()
+    """Random changes to training images."""
+    datasets: dict[str, Any] = {}
+    """Options of datasets, by dataset name."""
+
+    @field_validator("datasets")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {name: _dataset_options(name, given) for name, given in value.items()}
+
+
+def _dataset_options(name: str, given: Any) -> BaseModel | None:
+    if isinstance(given, BaseModel):
+        return given
+    try:
+        plugin = DATASETS.get(name)
+    except MTLError as error:
+        raise ValueError(str(error)) from error
+    return _options(plugin.options, given, str(plugin))
+
+
+class RunConfig(Options):
+    """Everything that decides a run.
+
+    Raises:
+        ConfigError: every mistake at once, each with what was found and what would work.
+    """
+
+    tasks: Annotated[list[_choice_of(TASKS)], Field(min_length=1)]  # type: ignore[misc]
+    """Registered tasks, by name or as {name, weight, options...}."""
+    backbone: _choice_of(BACKBONES) = "small_cnn"  # type: ignore[valid-type]
+    """The network that each tower is."""
+    sharing: Annotated[
+        Sharing,
+        PlainValidator(_share),
+        PlainSerializer(lambda sharing: sharing.model_dump(mode="json")),
+        WithJsonSchema({"$ref": "#/$defs/sharing"}),
+    ] = "unshared"  # type: ignore[assignment]
+    """What the towers have in common, or exchange."""
+    balancer: _choice_of(BALANCERS) = "fixed"  # type: ignore[valid-type]
+    """How task losses become one update."""
+    data: DataConfig = DataConfig()
+    """Where data are, and what is done to them."""
+    optim: OptimConfig = OptimConfig()
+    """How weights are updated."""
+    epochs: int = Field(30, ge=1)
+    """Passes over the training split (the largest one, where there are several datasets)."""
+    max_steps: int | None = Field(None, ge=1)
+    """End after this many updates, if that comes before `epochs`."""
+    batch_size: int = Field(128, ge=2)
+    """Samples of each dataset in a batch."""
+    patience: int | None = Field(None, ge=1)
+    """End when the validation score has not risen for this many epochs; null: never."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward and backward pass. auto: bf16 autocast on hardware that computes in it, else fp32."""
+    device: str = "auto"
+    """As torch names it: cpu, cuda, cuda:1, mps. auto: CUDA where there is one, else the CPU."""
+    seed: int = 0
+    """Of initial weights, order, augmentation and dropout."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(problems(error)) from None
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, tasks: list[Choice]) -> list[Choice]:
+        names = [task.name for task in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"named more than once: {', '.join(twice)}")
+        return tasks
+
+    def replaced(self, **values: Any) -> RunConfig:
+        """A copy with top-level keys replaced, validated."""
+        return RunConfig(**{**{name: getattr(self, name) for name in RunConfig.model_fields}, **values})
+
+    def to_yaml(self) -> str:
+        """The config as a YAML document that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that two configs share when they describe the same run; paths and device are left out."""
+        tree = self.model_dump(mode="json")
+        del tree["device"], tree["data"]["root"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config, apply `key.sub=value` overrides, validate once.
+
+    Raises:
+        ConfigError: no such file, not a mapping, or every mistake in it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"; configs there: {', '.join(near[:8])}" if near else ""
+        raise ConfigError([f"cannot read config {str(path)!r}: {_reason(error)}{hint}"]) from None
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError([" ".join(str(error).split())], source=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError([f"a config is a mapping of keys; found {type(tree).__name__}"], source=str(path))
+    return from_tree(override(tree, overrides), source=str(path))
+
+
+def from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Validate a tree of plain values."""
+    try:
+        return RunConfig(**tree)
+    except ConfigError as error:
+        raise ConfigError(error.problems, source=source) from None
+
+
+CHOICE_KEYS = {"sharing": "kind", "backbone": "name", "balancer": "name"}
+"""Sections that are a choice, with the key that makes it: setting that key begins the section anew."""
+
+
+def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` with `key.sub=value` overrides applied in order; values are parsed as YAML.
+
+    Setting `sharing.kind` (or the name of a backbone or balancer) to something else replaces the whole section, since its
+    other keys belong to the old choice; a sharing's `points` stay.
+
+    >>> override({"sharing": {"kind": "split", "at": "b", "points": ["a", "b"]}}, ["sharing.kind=unshared"])
+    {'sharing': {'kind': 'unshared', 'points': ['a', 'b']}}
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError([f"override {text!r} is not of the form key=value or key.sub=value"])
+        try:
+            value = yaml.load(raw, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError([f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}"]) from None
+        _set(result, key, value)
+    return result
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, *rest = key.split(".")
+    if section in CHOICE_KEYS and isinstance(tree.get(section), str):
+        tree[section] = {CHOICE_KEYS[section]: tree[section]}
+    if rest == [CHOICE_KEYS.get(section)] and isinstance(old := tree.get(section), dict) and old.get(rest[0]) != value:
+        tree[section] = {rest[0]: value, **({"points": old["points"]} if "points" in old else {})}
+        return
+    node: Any = tree
+    parts = [section, *rest]
+    for i, part in enumerate(parts[:-1]):
+        if isinstance(node, list):
+            node = _item(node, part, key)
+            continue
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            where = ".".join(parts[: i + 1])
+            raise ConfigError([f"override {key!r}: {where} is {node!r}, which has no keys; override {where} itself"])
+    if isinstance(node, list):
+        _item(node, parts[-1], key)
+        node[int(parts[-1])] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _item(node: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError([f"override {key!r}: {part!r} is not a position in a list of {len(node)}"])
+    if isinstance(node[int(part)], str):
+        node[int(part)] = {"name": node[int(part)]}
+    return node[int(part)]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a config with everything that is registered and loads, for editors."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    for registry in (TASKS, BACKBONES, BALANCERS):
+        extra = {"weight": {"type": "number", "exclusiveMinimum": 0}} if registry is TASKS else {}
+        models = {name: model for name in registry.names() if (model := _loadable(registry, name)) is not False}
+        definitions[registry.word] = _alternatives("name", models, extra, definitions)
+    sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
+    definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
+    return schema
+
+
+def _loadable(registry: Registry, name: str) -> type[BaseModel] | None | Literal[False]:
+    try:
+        return registry.get(name).options
+    except MTLError:
+        return False  # a broken plugin hurts only those who name it
+
+
+def _loadable_sharing(name: str) -> type[Sharing] | None:
+    try:
+        return STRUCTURAL.get(name) or model_of(name)
+    except MTLError:
+        return None
+
+
+def _alternatives(
+    key: str, models: Mapping[str, type[BaseModel] | None], extra: Mapping[str, Any], definitions: dict[str, Any]
+) -> dict[str, Any]:
+    """A bare name, or a mapping per plugin; what their schemas define is hoisted into `definitions`."""
+    mappings = []
+    for name, model in models.items():
+        keys = model.model_json_schema(ref_template="#/$defs/{model}") if model else {"type": "object", "properties": {}}
+        definitions.update(keys.pop("$defs", {}))
+        keys["properties"] = {**keys["properties"], key: {"const": name}, **extra}
+        keys["required"] = [key, *(k for k in keys.get("required", []) if k != key)]
+        keys["additionalProperties"] = False
+        mappings.append(keys)
+    return {"anyOf": [{"enum": sorted(models)}, *mappings]}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys, which plain YAML loaders resolve by silently keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
+

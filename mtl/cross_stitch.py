@@ -1,0 +1,128 @@
+"""The cross-stitch unit: exchange by a learned linear combination (Misra et al. 2016, arXiv 1604.03539).
+
+Of five public versions three depart from the paper's equation; this one is held to it by a test with a hand-computed case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mtl.errors import ConfigError
+from mtl.options import Options
+from mtl.registry import register_unit
+from mtl.sharing import Exchange
+from mtl.units import ExchangeUnit
+
+BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient, Adam's two moments
+
+
+class StitchInit(Options):
+    """A start between the identity and a plain average: every diagonal entry `same`, every other one `cross`."""
+
+    same: float = 0.9
+    """Weight of a task's own features; the paper's alpha_S."""
+    cross: float = 0.1
+    """Weight of every other task's features; the paper's alpha_D. For T = 2 the paper keeps same + cross = 1."""
+
+
+class CrossStitch(Exchange):
+    """Towers that exchange through cross-stitch units: how a unit mixes, and where it starts."""
+
+    kind: Literal["cross_stitch"] = "cross_stitch"
+    granularity: Literal["scalar", "channel", "dense"] = "channel"
+    """One alpha per pair of tasks; one per pair and channel; or one full matrix over all activations of all tasks."""
+    init: Literal["identity"] | StitchInit = "identity"
+    """`identity` starts as towers without exchange; a mapping {same, cross} starts mixed (paper, section 5: 0.9 and 0.1)."""
+    dense_limit_gib: float = Field(8.0, gt=0)
+    """`dense` is refused where training one unit (weight, gradient, two moments) would take more memory than this, GiB."""
+
+
+class CrossStitchUnit(ExchangeUnit):
+    """x~_t = sum_s alpha[t, s] x_s (Misra et al. 2016, arXiv 1604.03539, equation 1), for T tasks.
+
+    `alpha` is (T, T) for "scalar", (T, T, C) for "channel" and, for "dense", (T, D, T, D) with D the number of activations of one
+    sample: the full matrix that the TensorFlow reference implementation multiplies with, of which the other two are special
+    cases (blocks that are multiples of the identity, or diagonal and constant within a channel).
+
+    Args:
+        tasks: T, at least 1.
+        shape: of one sample's feature, (C, H, W) or (C,).
+        granularity: see above.
+        same, cross: initial diagonal and off-diagonal weight; (1, 0) is the identity.
+    """
+
+    def __init__(
+        self, tasks: int, shape: Sequence[int], granularity: str = "channel", same: float = 1.0, cross: float = 0.0
+    ) -> None:
+        super().__init__()
+        assert tasks >= 1 and len(shape) >= 1
+        self.tasks, self.granularity = tasks, granularity
+        start = torch.full((tasks, tasks), cross).fill_diagonal_(same)
+        match granularity:
+            case "scalar":
+                alpha = start
+            case "channel":
+                alpha = start[:, :, None].repeat(1, 1, shape[0])
+            case "dense":
+                alpha = torch.einsum("ts,de->tdse", start, torch.eye(math.prod(shape)))
+            case _:
+                raise ConfigError([f"granularity={granularity!r}; it is 'scalar', 'channel' or 'dense'"])
+        self.alpha = nn.Parameter(alpha)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """T tensors (B, C, ...) -> T tensors (B, C, ...)."""
+        shape = features[0].shape
+        assert len(features) == self.tasks and all(f.shape == shape for f in features)
+        alpha = self.alpha.to(features[0].dtype)
+        if self.granularity == "dense":  # one product over towers and activations: (B, T*D) by (T*D, T*D)
+            size = alpha.shape[1]
+            stacked = torch.stack([f.flatten(1) for f in features], dim=1).flatten(1)
+            mixed = stacked @ alpha.reshape(self.tasks * size, self.tasks * size).T
+            return [m.reshape(shape) for m in mixed.view(-1, self.tasks, size).unbind(1)]
+        stacked = torch.stack(list(features))  # (T, B, C, ...): one product over the tower axis, never T^2 full activations
+        if self.granularity == "scalar":
+            return list(torch.einsum("ts,s...->t...", alpha, stacked).unbind(0))
+        return list(torch.einsum("tsc,sbc...->tbc...", alpha, stacked).unbind(0))
+
+    @torch.no_grad()
+    def coupling(self) -> Tensor:
+        """(T, T): alpha itself; its mean over channels; or the Frobenius norm of each dense block over sqrt(D).
+
+        The identity gives the identity in all three.
+        """
+        match self.granularity:
+            case "scalar":
+                return self.alpha.detach().clone()
+            case "channel":
+                return self.alpha.mean(dim=2)
+            case _:
+                norms: Tensor = torch.linalg.vector_norm(self.alpha, dim=(1, 3))
+                return norms / self.alpha.shape[1] ** 0.5
+
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}, granularity={self.granularity}, alpha={tuple(self.alpha.shape)}"
+
+
+@register_unit("cross_stitch", options=CrossStitch)
+def make_unit(tasks: int, shape: Sequence[int], options: CrossStitch) -> CrossStitchUnit:
+    """A cross-stitch unit for `tasks` towers; refuses a dense one that would not fit, before anything is allocated."""
+    if options.granularity == "dense":
+        side = tasks * math.prod(shape)
+        gib = BYTES_PER_TRAINED_WEIGHT * side**2 / 2**30
+        if gib > options.dense_limit_gib:
+            raise ConfigError(
+                [
+                    f"sharing.granularity: a dense unit over {tasks} tasks of {math.prod(shape)} activations is a {side} x {side} "
+                    f"matrix: {gib:.1f} GiB to train (weight, gradient, two moments), above "
+                    f"sharing.dense_limit_gib={options.dense_limit_gib:g}; use 'channel' or 'scalar', or raise the limit"
+                ]
+            )
+    start = StitchInit(same=1.0, cross=0.0) if isinstance(options.init, str) else options.init
+    return CrossStitchUnit(tasks, shape, options.granularity, start.same, start.cross)
+

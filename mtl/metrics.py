@@ -1,0 +1,75 @@
+"""What a metric is to this framework: a name, a direction, a torchmetrics object, and whether it is the task's score.
+
+torchmetrics is imported when the first metric is made (it costs about two seconds), so a `Metric` is cheap to declare.
+Not covered: metrics over several tasks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from mtl.errors import MTLError
+
+if TYPE_CHECKING:
+    import torchmetrics
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a task.
+
+    Args:
+        name: as it appears in logs and results, with the unit where there is one ("rmse_years").
+        better: the direction, "higher" or "lower".
+        make: makes the torchmetrics object that computes it from (predictions, targets).
+        score: this is the bounded figure, at most 1 and higher is better, by which weights are selected. Exactly one metric of
+            a task carries it.
+    """
+
+    name: str
+    better: Literal["higher", "lower"]
+    make: Callable[[], torchmetrics.Metric]
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        if self.better not in ("higher", "lower"):
+            raise MTLError(f"metric {self.name!r}: better={self.better!r}; it is 'higher' or 'lower'")
+        if self.score and self.better != "higher":
+            raise MTLError(f"metric {self.name!r} is the score, so higher must be better; found better={self.better!r}")
+
+
+def score_of(task: str, metrics: Iterable[Metric]) -> Metric:
+    """The one metric of a task that carries the score.
+
+    Raises:
+        MTLError: there is none, or more than one, or two metrics share a name.
+    """
+    metrics = tuple(metrics)
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names):
+        raise MTLError(f"task {task!r}: two metrics share a name: {', '.join(names)}")
+    scores = [metric for metric in metrics if metric.score]
+    if len(scores) != 1:
+        found = ", ".join(metric.name for metric in scores) or "none"
+        raise MTLError(f"task {task!r}: exactly one metric must have score=True; found {found} of: {', '.join(names)}")
+    return scores[0]
+
+
+class Meter:
+    """The metrics of one task over one split. Nothing leaves the device until `compute`."""
+
+    def __init__(self, metrics: Iterable[Metric], device: object) -> None:
+        self._metrics = {metric.name: metric.make().to(device) for metric in metrics}  # type: ignore[arg-type]
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch whose labels all exist: predictions as the head gives them, targets (B, ...)."""
+        for metric in self._metrics.values():
+            metric.update(predictions, targets)
+
+    def compute(self) -> dict[str, float]:
+        """The figures so far."""
+        return {name: float(metric.compute()) for name, metric in self._metrics.items()}

@@ -1,0 +1,50 @@
+"""The base of every options model: a closed schema, immutable once validated, whose errors offer the right spelling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from mtl.errors import unknown
+
+
+class Options(BaseModel):
+    """Keys of a plugin or of a section of the config. An unknown key is an error, never ignored.
+
+    Subclass it, give every field a type and a default, and pass the class as `options=` when registering.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _offer_spelling(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            found = [cls._explain(dict(line)) for line in error.errors(include_url=False)]
+            raise ValidationError.from_exception_data(error.title, found) from None
+
+    @classmethod
+    def _explain(cls, line: dict[str, Any]) -> InitErrorDetails:
+        message = line["msg"].removeprefix("Value error, ")
+        where = line["loc"]
+        if line["type"] == "extra_forbidden" and len(where) == 1:
+            message = unknown("key", str(where[0]), cls.model_fields)
+        reason = PydanticCustomError(line["type"], "{message}", {"message": message})
+        return InitErrorDetails(type=reason, loc=where, input=line["input"])
+
+
+def problems(error: ValidationError) -> list[str]:
+    """One line per mistake: where (dotted), what was wrong, and what was found where that is short."""
+    lines = []
+    for line in error.errors(include_url=False):
+        where = ".".join(str(part) for part in line["loc"])
+        found = repr(line["input"])
+        shown = f"; found {found}" if line["type"] not in ("extra_forbidden", "value_error", "missing") else ""
+        lines.append(f"{where}: {line['msg']}" + (shown if len(found) <= 60 else "") if where else line["msg"])
+    return lines

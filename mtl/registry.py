@@ -1,0 +1,245 @@
+"""Where names become things: the five kinds of plugin, filled the same way by everybody.
+
+A plugin reaches a registry by decorator (in a program, or in a file given with `--plugin FILE.py`) or by an entry point of
+an installed distribution, whose object is one that the same decorator registered. What ships with this project comes in
+through its own entry points and by the same call.
+
+Listing imports nothing: the names come from package metadata. Looking a name up loads that plugin alone, so a broken
+plugin hurts only those who name it. A name claimed twice is an error when it is looked up, never a silent replacement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mtl.errors import PluginError, unknown
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+F = TypeVar("F", bound=Callable[..., Any])
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A registered thing, loaded: the factory, its options model (None: it takes none) and what it declared.
+
+    `details` holds what the kind lets a plugin declare beside its options (a dataset's splits, say).
+    """
+
+    kind: str
+    name: str
+    factory: Callable[..., Any]
+    options: type[BaseModel] | None
+    details: Mapping[str, Any]
+    identity: str
+    origin: str
+
+    def create(self, *arguments: Any, options: BaseModel | None = None) -> Any:
+        """Call the factory with the kind's arguments, and the options where the plugin declared a model for them."""
+        if self.options is None:
+            return self.factory(*arguments)
+        return self.factory(*arguments, options if options is not None else self.options())
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} ({self.origin})"
+
+
+@dataclass
+class Registry:
+    """All plugins of one kind.
+
+    Args:
+        kind: the word for it in messages ("task").
+        arguments: names of the positional arguments that a factory of this kind is called with, before its options.
+        details: what `register` accepts beside `options`, with defaults.
+    """
+
+    kind: str
+    arguments: tuple[str, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    _claims: dict[str, list[Plugin]] = field(default_factory=dict)
+    _loading: str | None = None
+
+    @property
+    def group(self) -> str:
+        """The entry-point group that third-party distributions use: `mtl.tasks`, `mtl.backbones`, ..."""
+        return f"mtl.{self.word}s"
+
+    @property
+    def word(self) -> str:
+        """The kind in one word, as in `register_<word>` and in the entry-point group."""
+        return self.kind.split()[-1]
+
+    def register(self, name: str, *, options: type[BaseModel] | None = None, **details: Any) -> Callable[[F], F]:
+        """Decorate a factory so that `name` resolves to it.
+
+        Args:
+            name: letters, digits and underscores, beginning with a letter: it becomes part of parameter names and tags.
+            options: pydantic model of the plugin's own keys; the factory then takes an instance as its last argument.
+            details: what this kind declares beside its options.
+
+        Raises:
+            PluginError: an illegal name, a factory that cannot be called as this kind is, or an unknown declaration.
+        """
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise PluginError(
+                f"illegal {self.kind} name {name!r}: use letters, digits and underscores, beginning with a letter"
+            )
+        for key in details:
+            if key not in self.details:
+                raise PluginError(
+                    f"{self.kind} {name!r}: " + unknown("declaration", key, ["options", *self.details])
+                )
+
+        def decorate(factory: F) -> F:
+            self._check(name, factory, options)
+            code = inspect.unwrap(factory)
+            identity = f"{code.__module__}:{getattr(code, '__qualname__', type(code).__qualname__)}"
+            origin = self._loading or _origin(code)
+            plugin = Plugin(self.kind, name, factory, options, {**self.details, **details}, identity, origin)
+            rivals = [other for other in self._claims.get(name, []) if other.identity != identity]
+            self._claims[name] = [*rivals, plugin]  # the same function again (a notebook cell run twice) replaces itself
+            return factory
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """Every name that can be asked for, sorted. Imports no plugin."""
+        return sorted({*self._claims, *_entry_points(self.group)})
+
+    def origins(self) -> dict[str, str]:
+        """Name -> where it comes from (distribution or file), for listings. Imports no plugin."""
+        found = {name: ", ".join(_describe(p) for p in points) for name, points in _entry_points(self.group).items()}
+        return {name: found.get(name) or self._claims[name][0].origin for name in self.names()}
+
+    def get(self, name: str) -> Plugin:
+        """The plugin called `name`, loaded and validated.
+
+        Raises:
+            PluginError: unknown (the nearest name is offered), claimed by two plugins (both are named), or broken (with
+                its distribution and the original error).
+        """
+        points = _entry_points(self.group).get(name, [])
+        if not points and name not in self._claims:
+            raise PluginError(unknown(self.kind, name, self.names()))
+        if len(points) > 1:
+            raise self._rivalry(name, [_describe(p) for p in points])
+        for point in points:
+            self._load(point)
+        claims = self._claims[name]
+        if len(claims) > 1:
+            raise self._rivalry(name, [claim.origin for claim in claims])
+        return claims[0]
+
+    def _rivalry(self, name: str, origins: Iterable[str]) -> PluginError:
+        return PluginError(
+            f"two plugins are called {self.kind} {name!r}: {' and '.join(origins)}; uninstall or rename one of them"
+        )
+
+    def _load(self, point: metadata.EntryPoint) -> None:
+        where = _describe(point)
+        known = self._claims.get(point.name, [])
+        if any(claim.identity == point.value.replace(" ", "") for claim in known):
+            return
+        self._loading = where
+        try:
+            target = point.load()
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"{self.kind} {point.name!r} of {where} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self._loading = None
+        if not any(claim.factory is target for claim in self._claims.get(point.name, [])):
+            raise PluginError(
+                f"{self.kind} {point.name!r} of {where}: its entry point {point.value!r} gives {target!r}, which is not "
+                f"registered under that name; decorate it with @mtl.register_{self.word}({point.name!r})"
+            )
+
+    def _check(self, name: str, factory: Any, options: Any) -> None:
+        if not callable(factory):
+            raise PluginError(f"{self.kind} {name!r}: {factory!r} is not callable; decorate a function or a class")
+        if options is not None:
+            from pydantic import BaseModel  # only plugins with options pay for it
+
+            if not (isinstance(options, type) and issubclass(options, BaseModel)):
+                raise PluginError(f"{self.kind} {name!r}: options={options!r} is not a pydantic model class (mtl.Options)")
+        wanted = (*self.arguments, *(["options"] if options is not None else []))
+        try:
+            inspect.signature(factory).bind(*wanted)
+        except TypeError as error:
+            raise PluginError(
+                f"{self.kind} {name!r}: {_origin(factory)} must be callable as ({', '.join(wanted)}): {error}"
+            ) from error
+
+
+DATASETS = Registry("dataset", ("split", "root"), {"splits": ("train", "test")})
+TASKS = Registry("task", ())
+BACKBONES = Registry("backbone", ("input_shape",))
+UNITS = Registry("exchange unit", ("tasks", "shape"))
+BALANCERS = Registry("balancer", ("tasks",))
+
+register_dataset = DATASETS.register
+register_task = TASKS.register
+register_backbone = BACKBONES.register
+register_unit = UNITS.register
+register_balancer = BALANCERS.register
+
+
+def load_plugin_file(path: Path) -> None:
+    """Run a user's plugin file, whose decorators register what it holds. It is code and is trusted like any program.
+
+    Raises:
+        PluginError: no such file, or the file raised; with the original error.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PluginError(f"no plugin file {str(path)!r}; give the path of a Python file that registers your plugins")
+    tag = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]  # two files may share a stem
+    module_name = f"mtl_plugin_{path.stem}_{tag}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin file {str(path)!r} is not Python; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise PluginError(f"plugin file {str(path)!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
+    """Name -> its distinct entry points. One distribution seen twice (installed and on the path) counts once."""
+    found: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
+    for point in metadata.entry_points(group=group):
+        key = (point.dist.name if point.dist else "", point.value)
+        found.setdefault(point.name, {})[key] = point
+    return {name: list(points.values()) for name, points in found.items()}
+
+
+def _describe(point: metadata.EntryPoint) -> str:
+    if point.dist is None:
+        return point.value
+    return f"{point.dist.name} {point.dist.version}"
+
+
+def _origin(factory: Any) -> str:
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:
+        source = None
+    return Path(source).name if source else str(getattr(factory, "__module__", factory))

@@ -1,0 +1,61 @@
+"""Standardisation: what is subtracted from an input and what it is divided by, taken from the training split."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtl.data import Samples
+
+CHUNK = 4096
+"""Samples per piece when moments are taken over a training split."""
+
+
+class Standardize(nn.Module):
+    """(x - mean) / std in float32. Buffers of the shape of one sample, or broadcastable to it.
+
+    Args:
+        shape: of one sample, (C, H, W) or (D,).
+        kind: "pixel": a mean and deviation per position and channel; "channel": per channel; "none": one of each, 0 and 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, shape: tuple[int, ...], kind: str) -> None:
+        super().__init__()
+        extent = {"pixel": shape, "channel": (shape[0], *[1] * (len(shape) - 1)), "none": (1,) * len(shape)}[kind]
+        self.register_buffer("mean", torch.zeros(extent))
+        self.register_buffer("std", torch.ones(extent))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) of any dtype -> (B, ...) float32; images in channels-last memory, where convolutions are fastest."""
+        x = (x.to(torch.float32) - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    @torch.no_grad()
+    def fit(self, part: Samples) -> None:
+        """Take mean and deviation from a training split.
+
+        A deviation counts as at least one grey level for uint8 images, and as 1 for a float that never varies, so that a pixel
+        that is almost always black does not blow up where it is not. "none" scales uint8 to [0, 1] and leaves floats alone.
+        """
+        x = part.images
+        grey = x.dtype == torch.uint8
+        if self.kind == "none":
+            self.std.fill_(255.0 if grey else 1.0)
+            return
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        moments = torch.zeros(2, *part.shape, dtype=wide, device=x.device)
+        for piece in x.split(CHUNK):
+            value = piece.to(wide)
+            moments += torch.stack([value.sum(0), value.square().sum(0)])
+        moments /= len(x)
+        if self.kind == "channel" and len(part.shape) > 1:
+            moments = moments.mean(dim=tuple(range(2, moments.ndim)), keepdim=True)
+        mean, square = moments
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        flat = std <= 1e-6 * mean.abs().clamp_min(1e-6)
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp_min(1.0) if grey else torch.where(flat, torch.ones_like(std), std))

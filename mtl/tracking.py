@@ -1,0 +1,97 @@
+"""Where a run's figures go: TensorBoard, and rows of JSON. Another sink is a subclass of `Tracker` with three methods."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Tracker(ABC):
+    """A sink for figures. Values are plain numbers: whoever calls has already paid for bringing them to the host."""
+
+    @abstractmethod
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Tag -> value, at an optimizer step."""
+
+    @abstractmethod
+    def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+        """A picture (H, W, 3), at an optimizer step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write what is pending."""
+
+
+class TensorBoard(Tracker):
+    """Event files for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second, and only training needs it
+
+        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+
+    def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+        self._writer.add_image(tag, picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class NoTracker(Tracker):
+    """Drops everything."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        return
+
+    def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class Rows:
+    """`metrics.jsonl`: one row per epoch, split and task, on disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def draw_coupling(matrix: NDArray[np.float64], tasks: Sequence[str], title: str) -> NDArray[np.uint8]:
+    """A labelled heat map of a (T, T) coupling matrix as a picture (H, W, 3): blue is positive, orange negative, white zero."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # only drawing needs it
+    from matplotlib.figure import Figure
+
+    side = 2.2 + 0.9 * len(tasks)
+    figure = Figure(figsize=(side + 0.9, side), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    extent = max(1.0, float(np.abs(matrix).max()))
+    picture = axes.imshow(matrix, cmap="PuOr", vmin=-extent, vmax=extent)
+    ticks = range(len(tasks))
+    axes.set_xticks(ticks, tasks, rotation=30, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks(ticks, tasks, fontsize=9)
+    axes.set_xlabel("from task")
+    axes.set_ylabel("to task")
+    axes.set_title(title, fontsize=10)
+    for (row, column), value in np.ndenumerate(matrix):
+        colour = "white" if abs(value) > 0.6 * extent else "black"
+        axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=9)
+    figure.colorbar(picture, ax=axes, shrink=0.8)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

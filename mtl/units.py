@@ -1,0 +1,28 @@
+"""Exchange units: modules that map T same-shaped feature maps, one per tower, to T feature maps of that shape.
+
+The sharing code knows units by this interface alone. `mtl.cross_stitch` holds the bundled one; a third party registers its own
+with `@mtl.register_unit`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class ExchangeUnit(nn.Module, ABC):
+    """Mixes the features of T towers at one layer point.
+
+    A factory registered with `@mtl.register_unit` is called with (tasks, shape[, options]): the number of towers and the shape
+    of one sample's feature there, (C, H, W) or (C,), and returns one of these.
+    """
+
+    @abstractmethod
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """T tensors (B, C, H, W) or (B, C) -> T tensors of the same shape. Out of place: the inputs may be needed."""
+
+    def coupling(self) -> Tensor | None:
+        """How strongly task t (row) receives from task s (column), (T, T), for logs; None where there is no such thing."""
+        return None
