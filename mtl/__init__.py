@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mtl.build import train as train
     from mtl.config import DataConfig as DataConfig
     from mtl.config import RunConfig as RunConfig
-    from mtl.config import load as load_config
+    from mtl.config import load as load_config  # noqa: F401
     from mtl.cross_stitch import CrossStitch as CrossStitch
     from mtl.cross_stitch import CrossStitchUnit as CrossStitchUnit
     from mtl.data import ArrayDataset as ArrayDataset

@@ -18,8 +18,8 @@ from mtl.registry import register_balancer
 class Balancer(nn.Module, ABC):
     """Turns weighted task losses into gradients.
 
-    A factory registered with `@mtl.register_balancer` is called with (tasks[, options]), the task names in order, and returns one
-    of these. Its parameters, if any, are optimised with the model's, without weight decay.
+    A factory registered with `@mtl.register_balancer` is called with (tasks[, options]), the task names in order, and returns
+    one of these. Its parameters, if any, are optimised with the model's, without weight decay.
     """
 
     @abstractmethod

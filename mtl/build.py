@@ -33,7 +33,6 @@ from mtl.tracking import Rows, TensorBoard
 from mtl.trainer import Run, RunResult, fit, train_step
 
 
-
 def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> RunResult:
     """Train one run: checks everything, then trains, then reads the test split once.
 
@@ -56,8 +55,9 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     tasks = make_tasks(config)
     samples = load_data(config, tasks)
     model = make_model(config, tasks, input_shape(samples[Split.TRAIN]))
-    for name, part in samples[Split.TRAIN].items():
-        model.inputs[name].fit(part)  # type: ignore[operator]
+    for name, standardize in model.inputs.items():
+        assert isinstance(standardize, Standardize)
+        standardize.fit(samples[Split.TRAIN][name])
     feed = Feed(samples[Split.TRAIN], config.batch_size, config.optim.accumulate, config.seed, config.data.augment)
     balancer = make_balancer(config.balancer, tasks).to(config.device)
     exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
@@ -124,9 +124,7 @@ def make_tasks(config: RunConfig) -> list[Task]:
     return tasks
 
 
-def load_data(
-    config: RunConfig, tasks: list[Task], splits: Sequence[Split] = tuple(Split)
-) -> dict[Split, dict[str, Samples]]:
+def load_data(config: RunConfig, tasks: list[Task], splits: Sequence[Split] = tuple(Split)) -> dict[Split, dict[str, Samples]]:
     """Split -> dataset name -> samples, on the device, in the order of dataset names."""
     samples: dict[Split, dict[str, Samples]] = {split: {} for split in Split}
     for name in sorted({task.dataset for task in tasks}):
@@ -177,7 +175,7 @@ def make_balancer(choice: Choice, tasks: list[Task]) -> Balancer:
 
 
 def evaluate_run(
-    run_dir: str | Path, split: str = Split.TEST, weights: str = "best", device: str = "auto", data: str | None = None
+    run_dir: str | Path, split: str = Split.TEST, weights: str = "best", device: str = "auto", data: str | Path | None = None
 ) -> dict[str, Any]:
     """{task: {metric: value}} and `score` of a finished or interrupted run's weights on a split.
 

@@ -59,8 +59,8 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     if missing or extra or misfits:
         first = (missing + extra + misfits)[0]
         raise RunError(
-            f"weights {str(path)!r} are of another model: {len(missing)} missing, {len(extra)} unknown, {len(misfits)} of another "
-            f"shape; first: {first}"
+            f"weights {str(path)!r} are of another model: {len(missing)} missing, {len(extra)} unknown, "
+            f"{len(misfits)} of another shape; first: {first}"
         )
     model.load_state_dict(state)
     return dict(json.loads(metadata["description"]))

@@ -27,7 +27,9 @@ app.add_typer(config_app, name="config")
 
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE.py", help="Python file that registers tasks and more. It is run: trust it like a program."),
+    typer.Option(
+        "--plugin", metavar="FILE.py", help="Python file that registers tasks and more. It is run: trust it like a program."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.lr=1e-3 epochs=3")]
@@ -38,7 +40,9 @@ def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What to train; see examples/configs/.")],
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run's files go; new or empty. Default: under runs/.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build, take one step, print shapes and costs, leave no files.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build, take one step, print shapes and costs, leave no files.")
+    ] = False,
     as_json: AsJson = False,
     plugin: Plugins = None,
 ) -> None:

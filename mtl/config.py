@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, WithJsonSchema, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from mtl.batches import Augment
 from mtl.errors import ConfigError, MTLError
 from mtl.optim import OptimConfig
 from mtl.options import Options, problems
-from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Registry
-from mtl.sharing import STRUCTURAL, Sharing, kinds, model_of
+from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Plugin, Registry
+from mtl.sharing import STRUCTURAL, Sharing, Unshared, kinds, model_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,10 @@ class _Entry(Options):
 
 
 def _choose(registry: Registry, value: Any) -> Choice:
-    if isinstance(value, Choice):
+    if isinstance(value, Choice) and value.options is not None:
         return value
+    if isinstance(value, Choice):
+        value = value.dump()
     given = {"name": value} if isinstance(value, str) else value
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise ValueError(f"must be a name, or a mapping with a name; found {value!r}")
@@ -84,13 +97,20 @@ def _share(value: Any) -> Sharing:
     return model.model_validate(given)
 
 
-def _choice_of(registry: Registry) -> Any:
-    return Annotated[
-        Choice,
-        PlainValidator(lambda value: _choose(registry, value)),
-        PlainSerializer(lambda choice: choice.dump()),
-        WithJsonSchema({"$ref": f"#/$defs/{registry.word}"}),
-    ]
+@dataclass(frozen=True)
+class Registered:
+    """Annotation of a `Choice` field: which registry its name is looked up in."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            lambda value: _choose(self.registry, value),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.dump()),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"$ref": f"#/$defs/{self.registry.word}"}
 
 
 class DataConfig(Options):
@@ -106,7 +126,7 @@ class DataConfig(Options):
     """Subtract mean and divide by standard deviation of the training split, per position and channel, or per channel."""
     augment: Augment = Augment()
     """Random changes to training images."""
-    datasets: dict[str, Any] = {}
+    datasets: dict[str, Any] = Field(default_factory=dict)
     """Options of datasets, by dataset name."""
 
     @field_validator("datasets")
@@ -132,18 +152,18 @@ class RunConfig(Options):
         ConfigError: every mistake at once, each with what was found and what would work.
     """
 
-    tasks: Annotated[list[_choice_of(TASKS)], Field(min_length=1)]  # type: ignore[misc]
+    tasks: list[Annotated[Choice, Registered(TASKS)]] = Field(min_length=1)
     """Registered tasks, by name or as {name, weight, options...}."""
-    backbone: _choice_of(BACKBONES) = "small_cnn"  # type: ignore[valid-type]
+    backbone: Annotated[Choice, Registered(BACKBONES)] = Choice("small_cnn")
     """The network that each tower is."""
     sharing: Annotated[
         Sharing,
         PlainValidator(_share),
         PlainSerializer(lambda sharing: sharing.model_dump(mode="json")),
         WithJsonSchema({"$ref": "#/$defs/sharing"}),
-    ] = "unshared"  # type: ignore[assignment]
+    ] = Unshared()
     """What the towers have in common, or exchange."""
-    balancer: _choice_of(BALANCERS) = "fixed"  # type: ignore[valid-type]
+    balancer: Annotated[Choice, Registered(BALANCERS)] = Choice("fixed")
     """How task losses become one update."""
     data: DataConfig = DataConfig()
     """Where data are, and what is done to them."""
@@ -287,18 +307,18 @@ def json_schema() -> dict[str, Any]:
     definitions = schema.setdefault("$defs", {})
     for registry in (TASKS, BACKBONES, BALANCERS):
         extra = {"weight": {"type": "number", "exclusiveMinimum": 0}} if registry is TASKS else {}
-        models = {name: model for name in registry.names() if (model := _loadable(registry, name)) is not False}
+        models = {name: plugin.options for name in registry.names() if (plugin := _loadable(registry, name))}
         definitions[registry.word] = _alternatives("name", models, extra, definitions)
     sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
     definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
     return schema
 
 
-def _loadable(registry: Registry, name: str) -> type[BaseModel] | None | Literal[False]:
+def _loadable(registry: Registry, name: str) -> Plugin | None:
     try:
-        return registry.get(name).options
+        return registry.get(name)
     except MTLError:
-        return False  # a broken plugin hurts only those who name it
+        return None  # a broken plugin hurts only those who name it
 
 
 def _loadable_sharing(name: str) -> type[Sharing] | None:
@@ -312,9 +332,11 @@ def _alternatives(
     key: str, models: Mapping[str, type[BaseModel] | None], extra: Mapping[str, Any], definitions: dict[str, Any]
 ) -> dict[str, Any]:
     """A bare name, or a mapping per plugin; what their schemas define is hoisted into `definitions`."""
-    mappings = []
+    mappings: list[dict[str, Any]] = []
     for name, model in models.items():
-        keys = model.model_json_schema(ref_template="#/$defs/{model}") if model else {"type": "object", "properties": {}}
+        keys: dict[str, Any] = {"type": "object", "properties": {}}
+        if model is not None:
+            keys = model.model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(keys.pop("$defs", {}))
         keys["properties"] = {**keys["properties"], key: {"const": name}, **extra}
         keys["required"] = [key, *(k for k in keys.get("required", []) if k != key)]
@@ -335,4 +357,3 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
-

@@ -38,7 +38,7 @@ class CrossStitch(Exchange):
     granularity: Literal["scalar", "channel", "dense"] = "channel"
     """One alpha per pair of tasks; one per pair and channel; or one full matrix over all activations of all tasks."""
     init: Literal["identity"] | StitchInit = "identity"
-    """`identity` starts as towers without exchange; a mapping {same, cross} starts mixed (paper, section 5: 0.9 and 0.1)."""
+    """`identity` starts as towers without exchange; a mapping {same, cross} starts mixed (the paper's best: 0.9 and 0.1)."""
     dense_limit_gib: float = Field(8.0, gt=0)
     """`dense` is refused where training one unit (weight, gradient, two moments) would take more memory than this, GiB."""
 
@@ -46,7 +46,7 @@ class CrossStitch(Exchange):
 class CrossStitchUnit(ExchangeUnit):
     """x~_t = sum_s alpha[t, s] x_s (Misra et al. 2016, arXiv 1604.03539, equation 1), for T tasks.
 
-    `alpha` is (T, T) for "scalar", (T, T, C) for "channel" and, for "dense", (T, D, T, D) with D the number of activations of one
+    `alpha` is (T, T) for "scalar", (T, T, C) for "channel" and, for "dense", (T, D, T, D) with D the activations of one
     sample: the full matrix that the TensorFlow reference implementation multiplies with, of which the other two are special
     cases (blocks that are multiples of the identity, or diagonal and constant within a channel).
 
@@ -61,7 +61,7 @@ class CrossStitchUnit(ExchangeUnit):
         self, tasks: int, shape: Sequence[int], granularity: str = "channel", same: float = 1.0, cross: float = 0.0
     ) -> None:
         super().__init__()
-        assert tasks >= 1 and len(shape) >= 1
+        assert tasks >= 1
         self.tasks, self.granularity = tasks, granularity
         start = torch.full((tasks, tasks), cross).fill_diagonal_(same)
         match granularity:
@@ -78,7 +78,8 @@ class CrossStitchUnit(ExchangeUnit):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """T tensors (B, C, ...) -> T tensors (B, C, ...)."""
         shape = features[0].shape
-        assert len(features) == self.tasks and all(f.shape == shape for f in features)
+        assert len(features) == self.tasks
+        assert all(f.shape == shape for f in features), [tuple(f.shape) for f in features]
         alpha = self.alpha.to(features[0].dtype)
         if self.granularity == "dense":  # one product over towers and activations: (B, T*D) by (T*D, T*D)
             size = alpha.shape[1]
@@ -100,10 +101,9 @@ class CrossStitchUnit(ExchangeUnit):
             case "scalar":
                 return self.alpha.detach().clone()
             case "channel":
-                return self.alpha.mean(dim=2)
+                return self.alpha.detach().mean(dim=2)
             case _:
-                norms: Tensor = torch.linalg.vector_norm(self.alpha, dim=(1, 3))
-                return norms / self.alpha.shape[1] ** 0.5
+                return torch.linalg.vector_norm(self.alpha.detach(), dim=(1, 3)).div(math.sqrt(self.alpha.shape[1]))
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}, granularity={self.granularity}, alpha={tuple(self.alpha.shape)}"
@@ -118,11 +118,10 @@ def make_unit(tasks: int, shape: Sequence[int], options: CrossStitch) -> CrossSt
         if gib > options.dense_limit_gib:
             raise ConfigError(
                 [
-                    f"sharing.granularity: a dense unit over {tasks} tasks of {math.prod(shape)} activations is a {side} x {side} "
-                    f"matrix: {gib:.1f} GiB to train (weight, gradient, two moments), above "
+                    f"sharing.granularity: a dense unit over {tasks} tasks of {math.prod(shape)} activations is a {side} x "
+                    f"{side} matrix: {gib:.1f} GiB to train (weight, gradient, two moments), above "
                     f"sharing.dense_limit_gib={options.dense_limit_gib:g}; use 'channel' or 'scalar', or raise the limit"
                 ]
             )
     start = StitchInit(same=1.0, cross=0.0) if isinstance(options.init, str) else options.init
     return CrossStitchUnit(tasks, shape, options.granularity, start.same, start.cross)
-

@@ -54,9 +54,7 @@ class ArrayDataset:
                 raise DataError(f"valid: {unknown('target', name, self.labels)}")
             mask = _tensor(value, f"valid[{name!r}]")
             if mask.dtype != torch.bool or mask.shape != self.labels[name].shape[: mask.ndim]:
-                raise DataError(
-                    f"valid[{name!r}] must be bool of shape (N,); found {mask.dtype} of shape {tuple(mask.shape)}"
-                )
+                raise DataError(f"valid[{name!r}] must be bool of shape (N,); found {mask.dtype} of shape {tuple(mask.shape)}")
             self.valid[name] = mask
         for name, value in self.labels.items():
             if value.ndim == 0 or len(value) != len(self.images):
@@ -172,8 +170,8 @@ def _carve(name: str, train: ArrayDataset, validation: int | float, seed: int) -
     count = validation if isinstance(validation, int) else round(validation * total)
     if not 0 < count <= total - 2:
         raise DataError(
-            f"dataset {name!r}: data.validation={validation} holds out {count} of {total} training images; at least one must be "
-            "held out and two must stay; use a share such as 0.1, or 0 to select the last epoch"
+            f"dataset {name!r}: data.validation={validation} holds out {count} of {total} training images; at least one must "
+            "be held out and two must stay; use a share such as 0.1, or 0 to select the last epoch"
         )
     order = permutation(total, seed, "validation", name)
     held_out, kept = order[:count].sort().values, order[count:].sort().values
@@ -238,5 +236,3 @@ def _tensor(value: Any, what: str) -> Tensor:
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} cannot be made a tensor: {error}") from error
     return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-

@@ -50,7 +50,7 @@ class Head(ABC):
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """Outputs (B, ...) in words: one mapping per sample, plain enough for JSON."""
 
-    def check_training(self, target: Tensor, valid: Tensor) -> None:
+    def check_training(self, target: Tensor, valid: Tensor) -> None:  # noqa: B027 (a head may have nothing to say)
         """Complain about training targets from which this head cannot be learned (a class never seen). Default: nothing.
 
         Raises:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from mtl.errors import MTLError
@@ -62,8 +63,8 @@ def score_of(task: str, metrics: Iterable[Metric]) -> Metric:
 class Meter:
     """The metrics of one task over one split. Nothing leaves the device until `compute`."""
 
-    def __init__(self, metrics: Iterable[Metric], device: object) -> None:
-        self._metrics = {metric.name: metric.make().to(device) for metric in metrics}  # type: ignore[arg-type]
+    def __init__(self, metrics: Iterable[Metric], device: torch.device) -> None:
+        self._metrics = {metric.name: metric.make().to(device) for metric in metrics}
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch whose labels all exist: predictions as the head gives them, targets (B, ...)."""

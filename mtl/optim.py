@@ -28,13 +28,13 @@ class OptimConfig(Options):
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD's momentum; beta1 of Adam and AdamW."""
     l2: float = Field(0.0, ge=0)
-    """Adds l2/2 |w|^2 of convolution and fully connected weights to the loss, as the reference protocol does (1e-5 there)."""
+    """Adds l2/2 |w|^2 of convolution and fully connected weights to the loss; 1e-5 in the reference protocol."""
     weight_decay: float | None = Field(None, ge=0)
     """Decoupled decay of the same weights (Loshchilov and Hutter 2019), for adamw; null: 0.01 there."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     """Of the learning rate, over all steps of the run."""
     warmup_epochs: float = Field(0.0, ge=0)
-    """Epochs over which the rate rises linearly before `constant` or `cosine` takes over; for `one_cycle` the length of its rise
+    """Epochs over which the rate rises linearly before `constant` or `cosine` takes over; of `one_cycle` it is the whole rise
     (0: 30 % of the run, torch's default)."""
     clip_norm: float | None = Field(None, gt=0)
     """Scale all gradients down to this global norm where they exceed it; null: never."""
@@ -122,10 +122,10 @@ class L2:
 
     @torch.no_grad()
     def add_gradients(self) -> None:
-        """grad += l2 * w, for weights that have a gradient."""
+        """Add l2 * w to the gradient, for weights that have a gradient."""
         if self.l2:
-            used = [w for w in self.weights if w.grad is not None]
-            torch._foreach_add_([w.grad for w in used], list(used), alpha=self.l2)
+            pairs = [(w.grad, w) for w in self.weights if w.grad is not None]
+            torch._foreach_add_([gradient for gradient, _ in pairs], [w for _, w in pairs], alpha=self.l2)
 
     @torch.no_grad()
     def value(self) -> Tensor:

@@ -98,9 +98,7 @@ class Registry:
             )
         for key in details:
             if key not in self.details:
-                raise PluginError(
-                    f"{self.kind} {name!r}: " + unknown("declaration", key, ["options", *self.details])
-                )
+                raise PluginError(f"{self.kind} {name!r}: " + unknown("declaration", key, ["options", *self.details]))
 
         def decorate(factory: F) -> F:
             self._check(name, factory, options)

@@ -34,17 +34,17 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second, and only training needs it
 
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
-        self._writer.add_image(tag, picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class NoTracker(Tracker):

@@ -211,7 +211,9 @@ def check_finite(run: Run, epoch: int, losses: list[float]) -> None:
     """Complain about an epoch whose loss is not a number any more, naming the tasks."""
     if bad := [t.name for t, value in zip(run.model.tasks, losses, strict=False) if not math.isfinite(value)]:
         kept = f"weights of epoch {epoch - 1} are in {run.directory}" if epoch > 1 else "no weights were written"
-        raise RunError(f"the loss of {', '.join(bad)} is not finite in epoch {epoch}; {kept}; try a lower optim.lr or clip_norm")
+        raise RunError(
+            f"the loss of {', '.join(bad)} is not finite in epoch {epoch}; {kept}; try a lower optim.lr or clip_norm"
+        )
 
 
 def score_split(run: Run, split: Split) -> tuple[dict[str, TaskFigures], float | None]:
@@ -222,9 +224,7 @@ def score_split(run: Run, split: Split) -> tuple[dict[str, TaskFigures], float |
 
 def describe(model: MultiTaskModel) -> dict[str, Any]:
     """What a reader of weights needs beside them: tasks in order, with dataset, target and head."""
-    return {
-        "tasks": [{"name": t.name, "dataset": t.dataset, "target": t.target, **t.head.describe()} for t in model.tasks]
-    }
+    return {"tasks": [{"name": t.name, "dataset": t.dataset, "target": t.target, **t.head.describe()} for t in model.tasks]}
 
 
 def log_epoch(

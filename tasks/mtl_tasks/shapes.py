@@ -2,8 +2,8 @@
 
 Every picture shows one to four copies of one shape, in one colour and one size, partly hidden by each other, over a shaded
 background with clutter and noise. Tasks: kind of shape, colour, count, size. They are not independent: some kinds prefer some
-colours, and many shapes are rarely large, so that one task's features tell something about another's label. They are not trivial
-either: colours overlap, small shapes are a few pixels wide, and copies occlude each other.
+colours, and many shapes are rarely large, so that one task's features tell something about another's label. They are not
+trivial either: colours overlap, small shapes are a few pixels wide, and copies occlude each other.
 
 Synthetic: nothing measured on it says anything about photographs.
 """
@@ -32,7 +32,7 @@ TILT = 0.35
 """Shapes lean by up to this, radians."""
 CHUNK = 1024
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 class ShapesOptions(mtl.Options):
@@ -83,7 +83,9 @@ def paint(labels: dict[str, NDArray[np.int64]], noise: float, random: np.random.
     shade = random.uniform(70, 150, (n, 1, 1)) + ramp[:, 0] * (x - SIDE / 2) + ramp[:, 1] * (y - SIDE / 2)
     canvas = np.repeat(shade[:, None], 3, axis=1).astype(np.float32)
     for _ in range(3):  # clutter: thin grey bars
-        across, along = rotated(x, y, *random.uniform(2, SIDE - 2, (2, n)), random.uniform(0, np.pi, n))
+        across, along = rotated(
+            x, y, random.uniform(2, SIDE - 2, n), random.uniform(2, SIDE - 2, n), random.uniform(0, np.pi, n)
+        )
         bar = coverage(np.maximum(np.abs(across) - 0.6, np.abs(along) - random.uniform(2, 5, (n, 1, 1))))
         blend(canvas, bar, np.repeat(random.uniform(30, 210, (n, 1)), 3, axis=1))
     tint = RGB[labels["colour"]] + random.normal(0, 14, (n, 3))
@@ -99,7 +101,7 @@ def paint(labels: dict[str, NDArray[np.int64]], noise: float, random: np.random.
 
 
 def spread(n: int, places: int, random: np.random.Generator) -> Array:
-    """(n, places, 2) centres: for each the candidate of six that is farthest from those before, so that few are hidden whole."""
+    """(n, places, 2) centres, each the one of six candidates farthest from those before: few shapes are hidden whole."""
     margin = 6.0
     centres = random.uniform(margin, SIDE - margin, (n, 1, 2))
     for _ in range(places - 1):
@@ -108,7 +110,7 @@ def spread(n: int, places: int, random: np.random.Generator) -> Array:
         best = candidates[np.arange(n), gap.argmax(axis=1)]
         centres = np.concatenate([centres, best[:, None]], axis=1)
     order = random.permuted(np.tile(np.arange(places), (n, 1)), axis=1)
-    return np.take_along_axis(centres, order[..., None], axis=1).astype(np.float32)
+    return np.take_along_axis(centres, order[..., None], axis=1)
 
 
 def rotated(x: Array, y: Array, cx: Array, cy: Array, angle: Array) -> tuple[Array, Array]:
@@ -142,7 +144,7 @@ def distance(u: Array, v: Array, r: Array, kind: NDArray[np.int64]) -> Array:
 
 def coverage(signed: Array) -> Array:
     """How much of a pixel lies inside an outline at this signed distance from it, 0 to 1."""
-    return np.clip(0.5 - signed, 0, 1)
+    return np.asarray(np.clip(0.5 - signed, 0, 1))
 
 
 def blend(canvas: Array, mask: Array, colour: Array) -> None:
