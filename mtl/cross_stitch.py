@@ -103,7 +103,8 @@ class CrossStitchUnit(ExchangeUnit):
             case "channel":
                 return self.alpha.detach().mean(dim=2)
             case _:
-                return torch.linalg.vector_norm(self.alpha.detach(), dim=(1, 3)).div(math.sqrt(self.alpha.shape[1]))
+                norms: Tensor = torch.linalg.vector_norm(self.alpha.detach(), dim=(1, 3)) / math.sqrt(self.alpha.shape[1])
+                return norms
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}, granularity={self.granularity}, alpha={tuple(self.alpha.shape)}"

@@ -80,7 +80,7 @@ def cut(network: nn.Module, points: Sequence[str]) -> list[Stage]:
 
     Args:
         network: takes one tensor (B, ...) and returns one tensor.
-        points: names of submodules (as in `named_modules()`), in execution order; may be empty.
+        points: names of submodules (as in `named_modules()`), in execution order; may be empty, and then nothing is traced.
 
     Raises:
         CutError: no such cut; the message says why, and offers the right spelling for an unknown name.
@@ -91,6 +91,9 @@ def cut(network: nn.Module, points: Sequence[str]) -> list[Stage]:
             raise CutError(unknown("layer point", point, known))
     if len(set(points)) < len(points):
         raise CutError(f"a layer point is named twice: {', '.join(points)}")
+    if not points:
+        modules = tuple(name for name, _ in (*network.named_children(), *network.named_parameters(recurse=False)))
+        return [Stage(END, "def forward(self, x):\n    return self(x)\n", modules, {})]
     was_training = network.training
     try:
         evaluating = _pieces(network.eval(), points)
