@@ -1,0 +1,170 @@
+"""The shape of the code: who imports whom, and what `import mtl` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mtl
+
+ROOT = Path(__file__).parent.parent
+MODULES = {path.stem: path for path in sorted((ROOT / "mtl").glob("*.py")) if path.stem != "__init__"}
+PLUGINS = sorted((ROOT / "tasks" / "mtl_tasks").glob("*.py"))
+
+RANK = {
+    "errors": 0,
+    "options": 1,
+    "registry": 1,
+    "seeding": 1,
+    "hardware": 1,
+    "metrics": 2,
+    "stages": 2,
+    "units": 2,
+    "checkpoint": 2,
+    "tracking": 2,
+    "progress": 2,
+    "heads": 3,
+    "backbones": 3,
+    "balancing": 3,
+    "task": 4,
+    "sharing": 4,
+    "optim": 4,
+    "cross_stitch": 5,
+    "data": 6,
+    "batches": 7,
+    "standardize": 7,
+    "config": 8,
+    "rundir": 9,
+    "model": 9,
+    "evaluation": 10,
+    "trainer": 11,
+    "build": 12,
+    "cli": 13,
+    "__main__": 14,
+}
+"""A module imports from lower ranks only; `__init__` is exempt, since its table imports nothing until it is used."""
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import that runs, at any level: those under `if TYPE_CHECKING` do not."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        for child in node.orelse:
+            yield from statements(child)
+        return
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        yield from statements(child)
+
+
+def imported(source: str, package: str = "mtl") -> set[str]:
+    """Dotted names that a module of `package` imports: `import a.b` gives a.b, `from a import b` gives a.b."""
+    names: set[str] = set()
+    for node in statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        else:
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_modules(source: str) -> set[str]:
+    """Which modules of `mtl` a source imports; "" is the package itself, whose table reaches every rank."""
+    parts = [name.split(".") for name in imported(source) if name.split(".")[0] == "mtl"]
+    return {path[1] if len(path) > 1 and path[1] in MODULES else "" for path in parts}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import mtl.data", {"data"}),
+        ("from mtl.data import Split, Samples", {"data"}),
+        ("from mtl import build", {"build"}),
+        ("from . import build", {"build"}),
+        ("from .build import run", {"build"}),
+        ("def f():\n    class A:\n        from mtl.cli import main", {"cli"}),
+        ("try:\n    import mtl.cli as c\nexcept ImportError:\n    import mtl.task", {"cli", "task"}),
+        ("if TYPE_CHECKING:\n    import mtl.cli\nelse:\n    import mtl.task", {"task"}),
+        ("import mtl", {""}),
+        ("from mtl import Task", {""}),
+        ("import mtlib\nimport torch", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, found: set[str]) -> None:
+    assert own_modules(source) == found
+
+
+def test_every_module_has_a_rank() -> None:
+    assert sorted(RANK) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_come_from_lower_ranks(name: str) -> None:
+    found = own_modules(MODULES[name].read_text())
+    assert "" not in found, f"mtl/{name}.py imports from the package's public table; import from the module instead"
+    wrong = {other: RANK[other] for other in found if RANK[other] >= RANK[name]}
+    assert not wrong, f"mtl/{name}.py has rank {RANK[name]} and imports {wrong}"
+
+
+@pytest.mark.parametrize("path", [ROOT / "mtl" / "__init__.py", *MODULES.values()], ids=lambda path: path.stem)
+def test_the_framework_never_imports_a_plugin(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not [name for name in imported(path.read_text()) if name.split(".")[0] == "mtl_tasks"]
+    text = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert not [value for value in text if value.split(".")[0] == "mtl_tasks"], "by import_module, then?"
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
+def test_plugins_see_the_public_names_only(path: Path) -> None:
+    source = path.read_text()
+    assert {name for name in imported(source, "mtl_tasks") if name.split(".")[0] == "mtl"} <= {"mtl"}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mtl"
+    }
+    assert used <= set(mtl.__all__)
+
+
+def test_bundled_plugins_are_found() -> None:
+    assert {path.stem for path in PLUGINS} >= {"fashion", "shapes"}
+
+
+def test_import_mtl_is_cheap() -> None:
+    code = "import sys, mtl; print([m for m in ('torch', 'pydantic', 'numpy', 'yaml', 'typer') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", mtl.__all__)
+def test_public_name_resolves(name: str) -> None:
+    value = getattr(mtl, name)
+    assert value.__name__ in (name, "load" if name == "load_config" else "register")
+    assert name in dir(mtl)
+
+
+def test_unknown_attribute_is_an_attribute_error() -> None:
+    assert not hasattr(mtl, "no_such_name")
+
+
+def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
+    tree = ast.parse((ROOT / "mtl" / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname or alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == mtl.__all__
+    assert {name: f"mtl.{module}" for name, module in mtl._MODULE_OF.items()} == seen
+
+
+def test_no_public_name_is_a_module() -> None:
+    assert not set(mtl.__all__) & set(MODULES)

@@ -1,0 +1,400 @@
+"""Training: what a step computes, what it leaves alone, and that a run repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mtl
+from mtl import build
+from mtl.batches import Batch
+from mtl.config import RunConfig
+from mtl.data import Split
+from mtl.evaluation import summed_loss
+from mtl.trainer import Run, expected_labels, fit, train_step
+
+SHARINGS: list[Any] = [
+    "unshared",
+    "hard_shared",
+    {"kind": "split", "at": "pool1"},
+    {"kind": "cross_stitch", "init": {"same": 0.9, "cross": 0.1}},
+]
+
+
+@pytest.fixture
+def ready(tmp_path: Path, tiny_config: dict[str, Any]) -> Callable[..., Run]:
+    """Builds a run from the tiny config with keys replaced; each in a directory of its own."""
+    made: list[Run] = []
+
+    def make(**values: Any) -> Run:
+        run = build.run(RunConfig(**{**tiny_config, **values}), tmp_path / f"run{len(made)}")
+        made.append(run)
+        return run
+
+    return make
+
+
+def gradients(run: Run, step: list[list[Batch]], **without: bool) -> dict[str, Tensor]:
+    """The gradients a step would apply, without applying them."""
+    captured: dict[str, Tensor] = {}
+
+    def capture(*_: Any) -> None:
+        captured.update({name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None})
+
+    run.optimizer.step = capture  # type: ignore[method-assign, assignment]
+    run.schedule.step = lambda: None  # type: ignore[method-assign]
+    train_step(run, step)
+    return captured
+
+
+def test_the_objective_is_the_weighted_sum(ready: Callable[..., Run]) -> None:
+    """Fixed weights: sum of weight times mean cross-entropy, computed here by hand from the model's outputs."""
+    run = ready(tasks=["tiny_a", {"name": "tiny_b", "weight": 3.0}, "tiny_c"], backbone={"name": "small_cnn", "dropout": 0})
+    (batch,) = (step := next(run.feed.epoch(1)))[0]
+    run.model.train()
+    outputs = run.model({"tiny": batch.images})
+    by_hand = [F.cross_entropy(outputs[name], batch.targets[name]) for name in ("tiny_a", "tiny_b", "tiny_c")]
+    losses = train_step(run, step)
+    torch.testing.assert_close(losses[:3], torch.stack(by_hand).detach())
+    torch.testing.assert_close(losses[3], (by_hand[0] + 3.0 * by_hand[1] + 0.5 * by_hand[2]).detach())
+
+
+def masked(batch: Batch, task: str, mask: Tensor) -> Batch:
+    return Batch(batch.dataset, batch.images, batch.targets, {**batch.valid, task: mask})
+
+
+@pytest.mark.parametrize("sharing", SHARINGS, ids=str)
+def test_a_fully_masked_task_contributes_exactly_nothing(ready: Callable[..., Run], sharing: Any) -> None:
+    """Bitwise the gradients of a run in which its loss is multiplied by zero, and zeros, not None, in its head."""
+    run, other = ready(sharing=sharing), ready(sharing=sharing)
+    (batch,) = next(run.feed.epoch(1))[0]
+    none = torch.zeros(len(batch), dtype=torch.bool)
+    garbage = {**batch.targets, "tiny_b": 1 - batch.targets["tiny_b"]}
+    hidden = Batch(batch.dataset, batch.images, garbage, {**batch.valid, "tiny_b": none})
+    other.weights = torch.tensor([1.0, 0.0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        got = gradients(run, [[hidden]])
+        torch.manual_seed(0)
+        expected = gradients(other, [[batch]])
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        assert torch.equal(gradient, expected[name]), name
+    assert got["heads.tiny_b.0.weight"].abs().max() == 0
+    assert got["heads.tiny_a.0.weight"].abs().max() > 0
+
+
+def test_masked_loss_is_that_of_the_labelled_subset(ready: Callable[..., Run]) -> None:
+    run = ready()
+    (batch,) = next(run.feed.epoch(1))[0]
+    mask = torch.arange(len(batch)) % 2 == 0
+    task = run.model.tasks[1]
+    output = torch.randn(len(batch), 2, generator=torch.Generator().manual_seed(0))
+    subset = F.cross_entropy(output[mask], batch.targets["tiny_b"][mask], reduction="sum")
+    torch.testing.assert_close(summed_loss(task, output, masked(batch, "tiny_b", mask)), subset)
+
+
+def test_normalisation_is_by_the_labelled_share_of_training(ready: Callable[..., Run]) -> None:
+    data = {"validation": 12, "datasets": {"tiny": {"labelled": 0.5}}}
+    run = ready(data=data)
+    part = run.feed.samples["tiny"]
+    share = part.share("tiny_b")
+    assert 0.3 < share < 0.7
+    step = next(run.feed.epoch(1))
+    assert expected_labels(run, step) == [16, 16 * share]
+
+
+def test_micro_batches_add_up_to_the_whole(ready: Callable[..., Run]) -> None:
+    """Two half batches give the gradients of the whole, half of one task's labels missing; in evaluation mode, since batch
+    norm sees other batches."""
+    data = {"validation": 12, "datasets": {"tiny": {"labelled": 0.5}}}
+    whole, halves = ready(data=data, batch_size=16), ready(data=data, batch_size=8, optim={"accumulate": 2})
+    one, two = next(whole.feed.epoch(1)), next(halves.feed.epoch(1))
+    assert len(one) == 1
+    assert len(two) == 2
+    for run in (whole, halves):
+        run.model.eval()
+    a, b = gradients(whole, one), gradients(halves, two)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=name)
+
+
+def test_l2_is_as_if_it_were_in_the_loss(ready: Callable[..., Run]) -> None:
+    """On convolution and fully connected weights alone, for Adam and SGD alike; alpha, biases and norms are left out."""
+    sharing = {"kind": "cross_stitch"}
+    backbone = {"name": "small_cnn", "width": 0.1, "dropout": 0}
+    plain, decayed = ready(sharing=sharing, backbone=backbone), ready(sharing=sharing, backbone=backbone, optim={"l2": 0.1})
+    step = next(plain.feed.epoch(1))
+    a, b = gradients(plain, step), gradients(decayed, step)
+    weights = dict(plain.model.named_parameters())
+    decays = {name for name in weights if name.endswith(("conv.weight", "fc.weight", "0.weight"))}
+    assert len(decays) == 2 * 4
+    for name in a:
+        expected = a[name] + 0.1 * weights[name].detach() if name in decays else a[name]
+        torch.testing.assert_close(b[name], expected, msg=name)
+    term = sum(0.05 * weights[name].detach().square().sum() for name in decays)
+    torch.testing.assert_close(decayed.l2.value(), term)
+
+
+def test_alpha_has_a_rate_of_its_own_and_no_decay(ready: Callable[..., Run]) -> None:
+    run = ready(sharing={"kind": "cross_stitch", "lr_multiplier": 50}, optim={"name": "adamw", "lr": 0.01, "weight_decay": 0.3})
+    groups = {group["name"]: group for group in run.optimizer.param_groups}
+    assert set(groups) == {"weights", "other", "exchange"}
+    assert groups["exchange"]["lr"] == pytest.approx(0.5)
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {"weights": 0.3, "other": 0.0, "exchange": 0.0}
+    assert len(groups["exchange"]["params"]) == 3
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(run.model.parameters()))
+
+
+def test_clipping_bounds_the_global_norm(ready: Callable[..., Run]) -> None:
+    run = ready(optim={"clip_norm": 0.01})
+    clipped = gradients(run, next(run.feed.epoch(1)))
+    assert torch.stack([g.norm() for g in clipped.values()]).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup_epochs": 1}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]),
+        ({"schedule": "one_cycle"}, [0.04, None, None, None, None, 4e-6]),
+    ],
+    ids=str,
+)
+def test_schedules(ready: Callable[..., Run], optim: dict[str, Any], expected: list[float | None]) -> None:
+    """Rates over the six steps of two epochs, relative to the base; one-cycle ends as torch's does."""
+    run = ready(optim={"lr": 0.1, **optim}, data={"validation": 6}, batch_size=14)
+    assert run.feed.steps_per_epoch == 3
+    rates = []
+    for epoch in (1, 2):
+        for step in run.feed.epoch(epoch):
+            rates.append(run.optimizer.param_groups[0]["lr"] / 0.1)
+            train_step(run, step)
+    for got, want in zip(rates, expected, strict=True):
+        assert want is None or got == pytest.approx(want, rel=1e-4), rates
+    if optim["schedule"] == "one_cycle":
+        assert max(rates) <= 1 + 1e-9
+        assert max(rates) > 0.5
+
+
+def test_uncertainty_weighting_by_hand(ready: Callable[..., Run]) -> None:
+    run = ready(balancer="uncertainty")
+    log_variance = dict(run.balancer.named_parameters())["log_variance"]
+    log_variance.data = torch.tensor([0.3, -0.2])
+    losses = torch.tensor([2.0, 3.0], requires_grad=True)
+    total = run.balancer.backward(losses, [], [])
+    assert total.item() == pytest.approx(2 * math.exp(-0.3) + 3 * math.exp(0.2) + 0.05)
+    torch.testing.assert_close(losses.grad, torch.exp(torch.tensor([-0.3, 0.2])))
+    assert log_variance.grad[0].item() == pytest.approx(0.5 - 2 * math.exp(-0.3))
+    assert "balancer" in {group["name"] for group in run.optimizer.param_groups}
+
+
+def test_random_weighting_is_the_sum_on_average(ready: Callable[..., Run]) -> None:
+    balancer = ready(balancer="random").balancer
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        totals = [balancer.combine(torch.tensor([1.0, 5.0])).item() for _ in range(4000)]  # type: ignore[operator]
+    assert np.std(totals) > 0.5
+    assert np.mean(totals) == pytest.approx(6.0, abs=0.15)
+
+
+@pytest.mark.parametrize("balancer", ["fixed", "uncertainty", "random"])
+@pytest.mark.parametrize("sharing", SHARINGS, ids=str)
+def test_overfits_a_batch(ready: Callable[..., Run], sharing: Any, balancer: str) -> None:
+    run = ready(sharing=sharing, balancer=balancer, backbone={"name": "small_cnn", "width": 0.25, "dropout": 0})
+    step = next(run.feed.epoch(1))
+    for _ in range(60):
+        losses = train_step(run, step)
+    assert losses[:2].max() < 0.05
+    outputs = run.model({"tiny": step[0][0].images})
+    for task in run.model.tasks:
+        assert torch.equal(outputs[task.name].argmax(1), step[0][0].targets[task.name])
+
+
+def digest(result: mtl.RunResult) -> dict[str, bytes]:
+    weights = load_file(Path(result.run_dir) / "checkpoints" / "last.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("sharing", SHARINGS, ids=str)
+def test_the_same_seed_repeats_bitwise_and_another_differs(tmp_path: Path, tiny_config: dict[str, Any], sharing: Any) -> None:
+    """Dropout and augmentation on; whatever the caller's own random state is, which is left as it was."""
+    data = {"validation": 12, "augment": {"crop": 1, "flip": True}}
+    results = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(100 + i)
+        before = torch.get_rng_state()
+        results.append(
+            mtl.train(RunConfig(**{**tiny_config, "data": data, "sharing": sharing, "seed": seed}), tmp_path / str(i))
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = map(digest, results)
+    assert first == again
+    assert results[0].test == results[1].test
+    assert sum(first[name] != other[name] for name in first) > 10
+
+
+def test_best_weights_are_those_of_the_best_validation_epoch(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    result = mtl.train(RunConfig(**{**tiny_config, "epochs": 5, "optim": {"lr": 0.02}}), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 * 2 * 2
+    scores = {
+        epoch: np.mean([r["accuracy"] for r in rows if r["split"] == "val" and r["epoch"] == epoch]) for epoch in range(1, 6)
+    }
+    best = max(scores, key=lambda epoch: (scores[epoch], -epoch))
+    assert result.best_epoch == best
+    assert result.val is not None
+    assert result.val["score"] == pytest.approx(scores[best])
+    assert mtl.evaluate_run(tmp_path / "run", "val") == result.val
+    assert mtl.evaluate_run(tmp_path / "run", "test") == result.test
+    last = mtl.evaluate_run(tmp_path / "run", "val", weights="last")
+    assert last["score"] == pytest.approx(scores[5])
+
+
+def test_without_validation_the_last_epoch_is_the_choice(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    result = mtl.train(RunConfig(**{**tiny_config, "data": {"validation": 0}, "epochs": 3}), tmp_path / "run")
+    assert (result.best_epoch, result.epochs, result.val) == (3, 3, None)
+    assert result.test is not None
+
+
+def test_patience_and_max_steps_end_a_run_early(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    stuck = {**tiny_config, "epochs": 50, "patience": 2, "optim": {"lr": 1e-12}}
+    result = mtl.train(RunConfig(**stuck), tmp_path / "patience")
+    assert result.epochs == result.best_epoch + 2 < 50
+    short = mtl.train(RunConfig(**{**tiny_config, "epochs": 50, "max_steps": 4}), tmp_path / "steps")
+    assert (short.steps, short.epochs) == (4, 2)
+
+
+def test_a_loss_that_explodes_is_named_and_earlier_weights_stay(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    config = RunConfig(**{**tiny_config, "optim": {"name": "sgd", "lr": 1e30}, "epochs": 4})
+    with pytest.raises(mtl.RunError, match=r"the loss of tiny_a.* is not finite in epoch \d"):
+        mtl.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_evaluation_changes_nothing(ready: Callable[..., Run]) -> None:
+    from mtl.evaluation import evaluate
+
+    run = ready(sharing={"kind": "cross_stitch"})
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.model.train()
+    a = evaluate(run.model, run.samples[Split.TEST], 24, run.autocast)
+    b = evaluate(run.model, run.samples[Split.TEST], 5, run.autocast)
+    assert run.model.training
+    for name in a:
+        assert a[name]["accuracy"] == b[name]["accuracy"]
+        assert a[name]["loss"] == pytest.approx(b[name]["loss"], rel=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
+
+
+def test_metrics_count_labelled_samples_only(ready: Callable[..., Run]) -> None:
+    from mtl.evaluation import evaluate
+
+    run = ready(data={"validation": 12, "datasets": {"tiny": {"labelled": 0.4}}})
+    figures = evaluate(run.model, run.samples[Split.TEST], 8, run.autocast)
+    part = run.samples[Split.TEST]["tiny"]
+    run.model.eval()
+    right = run.model({"tiny": part.images})["tiny_b"].argmax(1) == part.targets["tiny_b"]
+    mask = part.valid["tiny_b"]
+    assert mask is not None
+    assert figures["tiny_b"]["n"] == int(mask.sum()) < 24
+    assert figures["tiny_b"]["accuracy"] == pytest.approx(right[mask].float().mean().item())
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts operations that make the host wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(func.name() in (f"aten::{name}", f"aten::{name}.default") for name in self.WAITING)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_of_synchronisations_counts() -> None:
+    with Synchronisations() as waits:
+        torch.ones(3).sum().item()
+        torch.ones(3)[torch.ones(3, dtype=torch.bool)]
+    assert waits.count >= 1
+
+
+@pytest.mark.parametrize("sharing", SHARINGS, ids=str)
+def test_the_loop_does_not_wait_for_the_device(ready: Callable[..., Run], sharing: Any) -> None:
+    """Synchronisations of an epoch do not grow with its steps; labels partly missing, augmentation and clipping on."""
+    from mtl.trainer import train_epoch
+
+    data = {"validation": 6, "augment": {"crop": 1}, "datasets": {"tiny": {"train": 400, "labelled": 0.5}}}
+    counts = []
+    for batch_size in (64, 8):
+        run = ready(sharing=sharing, data=data, batch_size=batch_size, optim={"clip_norm": 1.0, "l2": 1e-5})
+        with Synchronisations() as waits:
+            train_epoch(run, 1, 1, 10**9)
+        counts.append((run.feed.steps_per_epoch, waits.count))
+    assert counts[1][0] > 5 * counts[0][0]
+    assert counts[0][1] == counts[1][1] <= 3
+
+
+def test_tensorboard_tags(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sharing = {"kind": "cross_stitch", "points": ["pool1", "fc3"], "granularity": "dense"}
+    mtl.train(RunConfig(**{**tiny_config, "sharing": sharing, "balancer": "uncertainty"}), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
+    tags = set(events.Tags()["scalars"])
+    pairs = {f"stitch/{p}/{t}_from_{s}" for p in ("pool1", "fc3") for t in ("tiny_a", "tiny_b") for s in ("tiny_a", "tiny_b")}
+    assert pairs <= tags
+    assert {"train/loss/tiny_a", "train/loss/tiny_b", "train/loss/total", "val/tiny_a/accuracy", "val/tiny_b/f1_macro"} <= tags
+    assert {"lr/weights", "lr/other", "lr/exchange", "lr/balancer", "time/images_per_second", "val/score"} <= tags
+    assert set(events.Tags()["images"]) == {"stitch/pool1", "stitch/fc3"}
+    assert [event.step for event in events.Scalars("train/loss/total")] == [3, 6]
+    assert events.Scalars("stitch/fc3/tiny_a_from_tiny_b")[0].value == 0
+
+
+def test_bf16_trains_and_keeps_weights_in_fp32(ready: Callable[..., Run]) -> None:
+    run = ready(precision="bf16", sharing={"kind": "cross_stitch"})
+    result = fit(run)
+    assert result.precision == "bf16"
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert result.test is not None
+    assert result.test["score"] > 0.4
+
+
+def test_two_datasets_train_together(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    from conftest import make_tiny
+
+    @mtl.register_dataset("tiny_other")
+    def tiny_other(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        return make_tiny(30, split)
+
+    @mtl.register_task("other_b")
+    def other_b() -> mtl.Task:
+        return mtl.Task("tiny_other", "b", mtl.Classification(("falling", "rising")))
+
+    for i, sharing in enumerate(SHARINGS):
+        config = RunConfig(**{**tiny_config, "tasks": ["other_b", "tiny_a"], "sharing": sharing})
+        result = mtl.train(config, tmp_path / str(i))
+        assert result.test is not None
+        assert (result.test["other_b"]["n"], result.test["tiny_a"]["n"]) == (30, 24)
+
+
+def test_datasets_of_different_shape_are_refused(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    config = RunConfig(**{**tiny_config, "tasks": ["tiny_a", "shapes_kind"], "data": {"validation": 6}})
+    with pytest.raises(mtl.DataError, match=r"samples of one shape; found shapes \(3, 32, 32\), tiny \(1, 8, 8\)"):
+        mtl.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
