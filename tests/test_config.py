@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import pytest
@@ -404,7 +404,8 @@ def changed() -> mtl.RunConfig:
         "balancer=uncertainty",
         "data={root: /somewhere, validation: 0.1, split_seed: 3, standardize: pixel, augment: {crop: 2, flip: true}, "
         "datasets: {tiny: {train: 24, labelled: 0.5}}}",
-        "optim={name: adamw, lr: 1e-4, weight_decay: 0.05, schedule: one_cycle, warmup_epochs: 0.5, clip_norm: 1, accumulate: 2}",
+        "optim={name: adamw, lr: 1e-4, weight_decay: 0.05, schedule: one_cycle, warmup_epochs: 0.5, clip_norm: 1}",
+        "optim.accumulate=2",
         "max_steps=9",
         "patience=2",
         "seed=5",
@@ -470,8 +471,8 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted keys of a model; those of nested models instead of the model's own."""
     found = []
     for name, field in model.model_fields.items():
-        union = get_origin(field.annotation) in (Union, types.UnionType)
-        inner = [kind for kind in (get_args(field.annotation) if union else [field.annotation])]
+        union = get_origin(field.annotation) in (Union, UnionType)
+        inner = get_args(field.annotation) if union else (field.annotation,)
         nested = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
         deeper = [key for kind in nested if kind.__name__ != "Sharing" for key in keys(kind, f"{prefix}{name}.")]
         found += deeper or [prefix + name]
@@ -510,15 +511,21 @@ def fits(value: Any, rule: Any, root: dict[str, Any]) -> bool:
         for part in rule["$ref"].removeprefix("#/").split("/"):
             node = node[part]  # an unresolved reference is a KeyError
         return fits(value, node, root)
-    kinds: dict[str, Any] = {
-        "object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)
-    }  # fmt: skip
+    types = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": int | float,
+        "boolean": bool,
+        "null": NoneType,
+    }
     checks = [
         "anyOf" not in rule or any(fits(value, one, root) for one in rule["anyOf"]),
         "const" not in rule or value == rule["const"],
         "enum" not in rule or value in rule["enum"],
         "type" not in rule
-        or (isinstance(value, kinds[rule["type"]]) and isinstance(value, bool) == (rule["type"] == "boolean")),
+        or (isinstance(value, types[rule["type"]]) and isinstance(value, bool) == (rule["type"] == "boolean")),
         "exclusiveMinimum" not in rule or not isinstance(value, int | float) or value > rule["exclusiveMinimum"],
         "minimum" not in rule or not isinstance(value, int | float) or value >= rule["minimum"],
     ]
