@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl.errors import DataError, MTLError, PluginError, unknown
@@ -133,6 +134,8 @@ def load_splits(
     """
     plugin = DATASETS.get(name)
     declared = plugin.details["splits"]
+    if Split.TRAIN not in declared or not set(declared) <= set(Split):
+        raise PluginError(f"{plugin} declares splits {tuple(declared)}; they are train, and val and test where it has them")
     carve = validation and Split.VAL not in declared
     parts: dict[Split, ArrayDataset] = {}
     if Split.TRAIN in splits or (carve and Split.VAL in splits):
@@ -214,7 +217,7 @@ def _images(images: Any) -> Tensor:
                 raise DataError(
                     f"images differ in shape: image 0 is {shapes[0]}, image {i} is {shape}; resize or crop them to one shape"
                 )
-        images = torch.stack([torch.as_tensor(np.asarray(image)) for image in images]) if shapes else torch.empty(0, 1)
+        images = np.stack([np.asarray(image) for image in images]) if shapes else np.empty((0, 1), np.uint8)
     x = _tensor(images, "images")
     if x.ndim == 3:
         x = x[:, None]
@@ -230,9 +233,14 @@ def _images(images: Any) -> Tensor:
     return x
 
 
+def _writable(value: Any) -> NDArray[Any]:
+    array = np.ascontiguousarray(value)
+    return array if array.flags.writeable else array.copy()  # torch shares memory, and warns where it must not write
+
+
 def _tensor(value: Any, what: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(np.ascontiguousarray(value)) if not isinstance(value, Tensor) else value.detach()
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_writable(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} cannot be made a tensor: {error}") from error
     return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -89,6 +89,7 @@ class MultiTaskModel(nn.Module):
         for task in tasks:
             with seeded(seed, "head", task.name):
                 self.heads[task.name] = task.head.build(features)
+        self._check_exchange(self._prepare(torch.zeros(2, *input_shape)))
         self._drop_unused()
         self.points = [
             Point(stage.point, shape, self._role(i)) for i, (stage, shape) in enumerate(zip(self.stages, shapes, strict=True))
@@ -98,6 +99,30 @@ class MultiTaskModel(nn.Module):
         if i in self._unit_after:
             return "exchange"
         return "shared" if i < self.shared_stages else "towers"
+
+    @torch.no_grad()
+    def _check_exchange(self, x: Tensor) -> None:
+        """One pass in evaluation mode: towers must agree in shape where they exchange, and a unit must keep it."""
+        if not self.units:
+            return
+        was_training = self.training
+        self.eval()
+        features = [x] * len(self.tasks)
+        for i, stage in enumerate(self.stages):
+            features = [stage(self.towers[task.name], f) for task, f in zip(self.tasks, features, strict=True)]
+            if i not in self._unit_after:
+                continue
+            shapes = [tuple(f.shape[1:]) for f in features]
+            if len(set(shapes)) > 1:
+                found = ", ".join(f"{task.name} {shape}" for task, shape in zip(self.tasks, shapes, strict=True))
+                raise ConfigError([f"sharing.points: towers differ in shape at {stage.point!r}: {found}; they cannot exchange"])
+            unit = self.units[self._unit_after[i]]
+            mixed = unit(features)
+            if [tuple(f.shape[1:]) for f in mixed] != shapes:
+                found = ", ".join(str(tuple(f.shape[1:])) for f in mixed)
+                raise PluginError(f"{type(unit).__name__} turns {len(shapes)} features of shape {shapes[0]} into {found}")
+            features = list(mixed)
+        self.train(was_training)
 
     def _drop_unused(self) -> None:
         """A trunk keeps the shared stages' modules, a tower the others', so that parameters are counted and stepped once."""

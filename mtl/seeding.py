@@ -39,7 +39,8 @@ def seeded(seed: int, *names: str | int) -> Iterator[None]:
     Third-party layers (initialisation, dropout, stochastic depth) draw from torch's global generators and take no
     argument, so this is how their randomness is made one.
     """
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(derive_seed(seed, *names))
         yield
 

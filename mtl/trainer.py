@@ -6,11 +6,13 @@ when a line of progress is due.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,19 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.weights = torch.tensor([task.weight for task in self.model.tasks], device=device)
+
+
+@dataclass
+class State:
+    """Where a run stands: what training changes beside the model, the optimizer, the schedule and the balancer."""
+
+    epoch: int = 0
+    steps: int = 0
+    images: int = 0
+    training_seconds: float = 0.0
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    best: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,91 +144,119 @@ def fit(run: Run) -> RunResult:
     """Train a run to its end, write its files, and read the test split once, with the selected weights.
 
     Raises:
-        RunError: a loss is no longer finite; weights of the epochs before stay on disk.
+        RunError: a loss is no longer finite; weights of the epochs before stay on disk, as they do after Ctrl-C.
     """
-    config = run.config
-    best: dict[str, Any] | None = None
-    best_score, best_epoch, epoch, steps = -math.inf, 0, 0, 0
-    images = training_seconds = 0.0
-    started = time.monotonic()
-    limit = config.max_steps or run.feed.steps_per_epoch * config.epochs
-    last_epoch = min(config.epochs, math.ceil(limit / run.feed.steps_per_epoch))
-    with run.progress, seeded(config.seed, "training"):
-        log_exchange(run, steps, pictures=True)
-        for epoch in range(1, last_epoch + 1):
-            count, seconds, losses = train_epoch(run, epoch, last_epoch, limit - steps)
-            taken = min(limit - steps, run.feed.steps_per_epoch)
-            steps, images, training_seconds = steps + taken, images + count, training_seconds + seconds
-            check_finite(run, epoch, losses)
-            figures, score = score_split(run, Split.VAL)
-            pictured = epoch % math.ceil(last_epoch / PICTURES) == 0 or epoch == last_epoch
-            log_epoch(run, epoch, steps, losses, figures, score, count / seconds)
-            log_exchange(run, steps, pictures=pictured)
-            description = describe(run.model)
-            save_weights(run.directory / "checkpoints" / "last.safetensors", run.model, {**description, "epoch": epoch})
-            if score is None or score > best_score:  # without validation data the last epoch is the choice
-                best_score, best_epoch = score if score is not None else -math.inf, epoch
-                best = {**figures, "score": score} if figures else None
-                save_weights(run.directory / "checkpoints" / "best.safetensors", run.model, {**description, "epoch": epoch})
-            run.progress.line(summary_line(run, epoch, last_epoch, losses, figures, score, count / seconds))
-            if config.patience is not None and score is not None and epoch - best_epoch >= config.patience:
-                run.progress.line(f"stopping: the validation score has not risen for {config.patience} epochs")
-                break
+    config, state, started = run.config, State(), time.monotonic()
+    with run.progress, closing(run.tracker), seeded(config.seed, "training"):
+        log_exchange(run, state.steps, pictures=True)
+        try:
+            while not finished(run, state):
+                train_and_validate(run, state)
+        except KeyboardInterrupt:
+            run.progress.line(f"interrupted in epoch {state.epoch + 1}; {kept(run, state)}")
+            raise
         load_weights(run.directory / "checkpoints" / "best.safetensors", run.model)
-        figures, score = score_split(run, Split.TEST)
-        test = {**figures, "score": score} if figures else None
-    run.tracker.close()
+        test, score = score_split(run, Split.TEST)
     result = RunResult(
         run_dir=str(run.directory),
-        epochs=epoch,
-        best_epoch=best_epoch,
+        epochs=state.epoch,
+        best_epoch=state.best_epoch,
         seconds=round(time.monotonic() - started, 3),
-        images_per_second=round(images / training_seconds, 1),
+        images_per_second=round(state.images / state.training_seconds, 1),
         parameters=run.model.parameter_count(),
-        val=best,
-        test=test,
+        val=state.best,
+        test={**test, "score": score} if test else None,
         sharing=config.sharing.kind,
         seed=config.seed,
-        steps=steps,
+        steps=state.steps,
         device=config.device,
         precision=config.precision,
         config_digest=config.digest(),
     )
-    (run.directory / "result.json").write_text(json.dumps(result.__dict__, indent=2) + "\n")
+    (run.directory / "result.json").write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def train_epoch(run: Run, epoch: int, epochs: int, most: int) -> tuple[int, float, list[float]]:
-    """One pass over the feed, at most `most` steps: (images, seconds, mean losses per task and of the objective)."""
+def finished(run: Run, state: State) -> bool:
+    """Whether the last epoch or step is done, or the validation score has not risen for `patience` epochs."""
+    config = run.config
+    if config.patience is not None and state.best is not None and state.epoch - state.best_epoch >= config.patience:
+        return True
+    return state.epoch >= config.epochs or state.steps >= (config.max_steps or math.inf)
+
+
+def train_and_validate(run: Run, state: State) -> None:
+    """One epoch: train, validate, log, keep the weights."""
+    epoch, names = state.epoch + 1, [task.name for task in run.model.tasks]
+    trained = train_epoch(run, epoch, (run.config.max_steps or sys.maxsize) - state.steps)
+    check_finite(run, state, dict(zip(names, trained.losses, strict=False)))
+    figures, score = score_split(run, Split.VAL)
+    check_finite(run, state, {name: of_task["loss"] for name, of_task in figures.items()})
+    state.steps += trained.steps
+    state.images += trained.images
+    state.training_seconds += trained.seconds
+    state.epoch = epoch
+    log_epoch(run, state, trained, figures, score)
+    log_exchange(run, state.steps, pictures=epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
+    description = {**describe(run.model), "epoch": epoch}
+    save_weights(run.directory / "checkpoints" / "last.safetensors", run.model, description)
+    if score is None or score > state.best_score:  # without validation data the last epoch is the choice
+        state.best_epoch = epoch
+        if score is not None:
+            state.best_score, state.best = score, {**figures, "score": score}
+        save_weights(run.directory / "checkpoints" / "best.safetensors", run.model, description)
+    run.progress.line(summary_line(run, epoch, trained, figures, score))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an epoch of training came to: mean losses are those of each task and, last, of the objective."""
+
+    steps: int
+    images: int
+    seconds: float
+    losses: list[float]
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput of training alone."""
+        return self.images / self.seconds
+
+
+def train_epoch(run: Run, epoch: int, most: int = sys.maxsize) -> Trained:
+    """One pass over the feed, of at most `most` steps."""
     run.model.train()
     started = time.monotonic()
-    count = done = 0
+    images = done = 0
     sums = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
-    run.progress.begin(epoch, epochs, min(most, run.feed.steps_per_epoch))
-    for step in run.feed.epoch(epoch):
+    run.progress.begin(epoch, run.config.epochs, min(most, run.feed.steps_per_epoch))
+    for step in itertools.islice(run.feed.epoch(epoch), most):
         sums += train_step(run, step)
         done += 1
-        count += sum(len(batch) for batches in step for batch in batches)
+        images += sum(len(batch) for batches in step for batch in batches)
         live = None
         if run.progress.due():
             means = (sums / done).tolist()
             live = {task.name: value for task, value in zip(run.model.tasks, means, strict=False)}
-            live["images/s"] = count / (time.monotonic() - started)
+            live["images/s"] = images / (time.monotonic() - started)
             run.progress.shown()
         run.progress.step(done, live)
-        if done >= most:
-            break
-    means = (sums / done).tolist()
-    return count, time.monotonic() - started, means
+    losses = (sums / done).tolist()
+    return Trained(done, images, time.monotonic() - started, losses)
 
 
-def check_finite(run: Run, epoch: int, losses: list[float]) -> None:
-    """Complain about an epoch whose loss is not a number any more, naming the tasks."""
-    if bad := [t.name for t, value in zip(run.model.tasks, losses, strict=False) if not math.isfinite(value)]:
-        kept = f"weights of epoch {epoch - 1} are in {run.directory}" if epoch > 1 else "no weights were written"
+def check_finite(run: Run, state: State, losses: Mapping[str, float | None]) -> None:
+    """Complain about an epoch in which a loss is not a number any more, naming the tasks."""
+    if bad := [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]:
         raise RunError(
-            f"the loss of {', '.join(bad)} is not finite in epoch {epoch}; {kept}; try a lower optim.lr or clip_norm"
+            f"the loss of {', '.join(bad)} is not finite in epoch {state.epoch + 1}; {kept(run, state)}; try a lower "
+            "optim.lr, or optim.clip_norm"
         )
+
+
+def kept(run: Run, state: State) -> str:
+    """Which weights are on disk."""
+    return f"weights of epoch {state.epoch} are in {run.directory}" if state.epoch else f"no weights are in {run.directory} yet"
 
 
 def score_split(run: Run, split: Split) -> tuple[dict[str, TaskFigures], float | None]:
@@ -227,19 +270,11 @@ def describe(model: MultiTaskModel) -> dict[str, Any]:
     return {"tasks": [{"name": t.name, "dataset": t.dataset, "target": t.target, **t.head.describe()} for t in model.tasks]}
 
 
-def log_epoch(
-    run: Run,
-    epoch: int,
-    step: int,
-    losses: list[float],
-    figures: Mapping[str, TaskFigures],
-    score: float | None,
-    images_per_second: float,
-) -> None:
+def log_epoch(run: Run, state: State, trained: Trained, figures: Mapping[str, TaskFigures], score: float | None) -> None:
     """Write an epoch's figures to the tracker and to `metrics.jsonl`."""
     names = [task.name for task in run.model.tasks]
-    values = {f"train/loss/{name}": value for name, value in zip(names, losses, strict=False)}
-    values["train/loss/total"] = losses[-1]
+    values = {f"train/loss/{name}": value for name, value in zip(names, trained.losses, strict=False)}
+    values["train/loss/total"] = trained.losses[-1]
     if run.l2.l2:
         values["train/loss/l2"] = run.l2.value().item()
     for name, of_task in figures.items():
@@ -247,13 +282,14 @@ def log_epoch(
     if score is not None:
         values["val/score"] = score
     values |= {f"lr/{group['name']}": float(group["lr"]) for group in run.optimizer.param_groups}
-    values["time/images_per_second"] = images_per_second
-    run.tracker.scalars(values, step)
+    values["time/images_per_second"] = trained.images_per_second
+    run.tracker.scalars(values, state.steps)
+    when = {"epoch": state.epoch, "step": state.steps}
     rows: list[dict[str, Any]] = []
-    for task, loss in zip(run.model.tasks, losses, strict=False):
+    for task, loss in zip(run.model.tasks, trained.losses, strict=False):
         n = run.feed.samples[task.dataset].labelled[task.name]
-        rows.append({"epoch": epoch, "step": step, "split": "train", "task": task.name, "n": n, "loss": loss})
-    rows += [{"epoch": epoch, "step": step, "split": "val", "task": name, **of_task} for name, of_task in figures.items()]
+        rows.append({**when, "split": "train", "task": task.name, "n": n, "loss": loss})
+    rows += [{**when, "split": "val", "task": name, **of_task} for name, of_task in figures.items()]
     run.rows.write(rows)
 
 
@@ -271,23 +307,15 @@ def log_exchange(run: Run, step: int, pictures: bool) -> None:
             run.tracker.image(f"stitch/{point}", draw_coupling(matrix, names, f"{point}, step {step}"), step)
 
 
-def summary_line(
-    run: Run,
-    epoch: int,
-    epochs: int,
-    losses: list[float],
-    figures: Mapping[str, TaskFigures],
-    score: float | None,
-    images_per_second: float,
-) -> str:
+def summary_line(run: Run, epoch: int, trained: Trained, figures: Mapping[str, TaskFigures], score: float | None) -> str:
     """One epoch in one line: training losses, validation scores, speed."""
-    parts = [f"epoch {epoch}/{epochs}"]
-    for task, loss in zip(run.model.tasks, losses, strict=False):
+    parts = [f"epoch {epoch}/{run.config.epochs}"]
+    for task, loss in zip(run.model.tasks, trained.losses, strict=False):
         text = f"{task.name} loss {loss:.4f}"
         if (value := figures.get(task.name, {}).get(task.score_name)) is not None:
             text += f" val {task.score_name} {value:.4f}"
         parts.append(text)
     if score is not None:
         parts.append(f"val score {score:.4f}")
-    parts.append(f"{images_per_second:,.0f} images/s")
+    parts.append(f"{trained.images_per_second:,.0f} images/s")
     return " | ".join(parts)

@@ -344,7 +344,7 @@ def test_the_loop_does_not_wait_for_the_device(ready: Callable[..., Run], sharin
     for batch_size in (64, 8):
         run = ready(sharing=sharing, data=data, batch_size=batch_size, optim={"clip_norm": 1.0, "l2": 1e-5})
         with Synchronisations() as waits:
-            train_epoch(run, 1, 1, 10**9)
+            train_epoch(run, 1)
         counts.append((run.feed.steps_per_epoch, waits.count))
     assert counts[1][0] > 5 * counts[0][0]
     assert counts[0][1] == counts[1][1] <= 3
