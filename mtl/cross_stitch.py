@@ -106,6 +106,11 @@ class CrossStitchUnit(ExchangeUnit):
                 norms: Tensor = torch.linalg.vector_norm(self.alpha.detach(), dim=(1, 3)) / math.sqrt(self.alpha.shape[1])
                 return norms
 
+    @property
+    def coupling_label(self) -> str:
+        """What stands in a cell."""
+        return {"scalar": "alpha", "channel": "alpha, mean over channels", "dense": "alpha, norm of block"}[self.granularity]
+
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}, granularity={self.granularity}, alpha={tuple(self.alpha.shape)}"
 

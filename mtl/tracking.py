@@ -73,7 +73,7 @@ class Rows:
 
 
 def draw_coupling(matrix: NDArray[np.float64], tasks: Sequence[str], title: str) -> NDArray[np.uint8]:
-    """A labelled heat map of a (T, T) coupling matrix as a picture (H, W, 3): blue is positive, orange negative, white zero."""
+    """A labelled heat map of a (T, T) coupling matrix as a picture (H, W, 3): purple positive, orange negative, white zero."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # only drawing needs it
     from matplotlib.figure import Figure
 

@@ -304,7 +304,9 @@ def log_exchange(run: Run, step: int, pictures: bool) -> None:
         pairs = {f"stitch/{point}/{t}_from_{s}": matrix[i, j] for i, t in enumerate(names) for j, s in enumerate(names)}
         run.tracker.scalars(pairs, step)
         if pictures:
-            run.tracker.image(f"stitch/{point}", draw_coupling(matrix, names, f"{point}, step {step}"), step)
+            run.tracker.image(
+                f"stitch/{point}", draw_coupling(matrix, names, f"{unit.coupling_label}\n{point}, step {step}"), step
+            )
 
 
 def summary_line(run: Run, epoch: int, trained: Trained, figures: Mapping[str, TaskFigures], score: float | None) -> str:

@@ -26,3 +26,8 @@ class ExchangeUnit(nn.Module, ABC):
     def coupling(self) -> Tensor | None:
         """How strongly task t (row) receives from task s (column), (T, T), for logs; None where there is no such thing."""
         return None
+
+    @property
+    def coupling_label(self) -> str:
+        """What the numbers of `coupling` are, for the title of a picture."""
+        return "coupling"

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 import mtl
 from mtl import cli
 
+EPOCHS = 8
+
 PLUGIN = """
 import numpy as np
 import mtl
@@ -159,12 +161,12 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """A run directory, and what training printed."""
+    """A run directory, and what training printed. It learns all there is, so that the best epoch is not the last."""
     folder = tmp_path_factory.mktemp("trained")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "sharing": {"kind": "cross_stitch", "points": ["pool1", "fc3"]}}))
-    outcome = command("train", path, "--run-dir", folder / "run", "--json", "seed=3")
-    assert outcome.status == 0, outcome.err
+    outcome = command("train", path, "--run-dir", folder / "run", "--json", "seed=3", "optim.lr=0.01", f"epochs={EPOCHS}")
+    assert outcome.json["best_epoch"] < EPOCHS, "weights of the best and the last epoch cannot be told apart"
     return folder / "run", outcome
 
 
@@ -175,7 +177,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Outcome]) -> None:
     folder, outcome = trained
     result = outcome.json
     assert result["run_dir"] == str(folder)
-    assert (result["epochs"], result["seed"], result["sharing"]) == (2, 3, "cross_stitch")
+    assert (result["epochs"], result["seed"], result["sharing"]) == (EPOCHS, 3, "cross_stitch")
     assert 1 <= result["best_epoch"] <= result["epochs"]
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
@@ -192,7 +194,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Outcome]) -> None:
 
 def test_progress_goes_to_standard_error(trained: tuple[Path, Outcome]) -> None:
     lines = trained[1].err.splitlines()
-    assert [line.split(" |")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert [line.split(" |")[0] for line in lines] == [f"epoch {i}/{EPOCHS}" for i in range(1, EPOCHS + 1)]
 
 
 def test_run_directory_holds_what_was_promised(trained: tuple[Path, Outcome]) -> None:
@@ -212,7 +214,7 @@ def test_metrics_have_a_row_per_epoch_split_and_task(trained: tuple[Path, Outcom
     folder, outcome = trained
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = [(row["epoch"], row["split"], row["task"]) for row in rows]
-    assert sorted(found) == [(e, s, t) for e in (1, 2) for s in ("train", "val") for t in ("tiny_a", "tiny_b")]
+    assert sorted(found) == [(e, s, t) for e in range(1, EPOCHS + 1) for s in ("train", "val") for t in ("tiny_a", "tiny_b")]
     best = {row["task"]: row for row in rows if row["split"] == "val" and row["epoch"] == outcome.json["best_epoch"]}
     for task, row in best.items():
         assert {key: row[key] for key in outcome.json["val"][task]} == outcome.json["val"][task]
@@ -227,6 +229,14 @@ def test_written_config_is_fully_resolved_and_can_be_trained_again(trained: tupl
     again = command("train", folder / "config.yaml", "--run-dir", "again", "--json").json
     assert again["test"] == outcome.json["test"]
     assert again["config_digest"] == outcome.json["config_digest"]
+
+
+def test_auto_is_written_as_what_it_became(config: Path, cwd: Path) -> None:
+    result = command("train", config, "device=auto", "precision=auto", "epochs=1", "--run-dir", "run", "--json").json
+    written = yaml.safe_load((cwd / "run" / "config.yaml").read_text())
+    assert (written["device"], written["precision"]) == (result["device"], result["precision"])
+    assert result["device"] in ("cpu", "cuda")
+    assert result["precision"] in ("fp32", "bf16")
 
 
 def test_train_without_json_prints_figures_for_people(config: Path, cwd: Path) -> None:
@@ -294,7 +304,7 @@ def test_evaluate_takes_the_last_weights_when_asked(trained: tuple[Path, Outcome
     folder, _ = trained
     figures = command("evaluate", folder, "--split", "val", "--weights", "last", "--json").json
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = {row["task"]: row for row in rows if row["split"] == "val" and row["epoch"] == 2}
+    last = {row["task"]: row for row in rows if row["split"] == "val" and row["epoch"] == EPOCHS}
     for task in ("tiny_a", "tiny_b"):
         assert figures[task]["loss"] == last[task]["loss"]
 
@@ -397,6 +407,7 @@ def test_full_run_directory_is_left_untouched(config: Path, cwd: Path) -> None:
     before = files(cwd)
     refused(command("train", config, "--run-dir", "run"), "'run'", "not empty", "nothing was overwritten")
     assert files(cwd) == before
+    refused(command("train", config, "sharing={kind: split, at: pool9}", "--run-dir", "run"), "not empty")  # said first
     (cwd / "file").write_text("mine")
     refused(command("train", config, "--run-dir", "file"), "'file'", "is a file")
     assert (cwd / "file").read_text() == "mine"

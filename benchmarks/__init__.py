@@ -1,0 +1,1 @@
+"""Measured results, and the commands that make and render them. Not part of the installed package."""
