@@ -60,8 +60,8 @@ def render() -> str:
     digests = ", ".join(f"{arm} {arm_runs[0]['config_digest']}" for arm, arm_runs in by_arm.items())
     return (
         "\n".join(rows)
-        + f"\n\nMean over n = {len(seeds)} seeds ({', '.join(map(str, seeds))}) and 95 % Student-t interval. 55,000 training images, "
-        "5,000 held out to select the epoch, 10,000 test images read once. "
+        + f"\n\nMean over n = {len(seeds)} seeds ({', '.join(map(str, seeds))}) and 95 % Student-t interval. 55,000 training "
+        "images, 5,000 held out to select the epoch, 10,000 test images read once. "
         f"{environment['device_name']}, {environment['threads']} threads, {first['precision']}, torch "
         f"{environment['versions']['torch']}; config digests of seed 0: {digests}.\n"
     )
@@ -80,6 +80,7 @@ def interval(values: list[float], sign: str = "") -> str:
 
 
 def main() -> None:
+    """Measure what is missing, then render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--render", action="store_true", help="only rewrite README.md")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mtl.build import train as train
     from mtl.config import DataConfig as DataConfig
     from mtl.config import RunConfig as RunConfig
-    from mtl.config import load as load_config  # noqa: F401
+    from mtl.config import load as _load
     from mtl.cross_stitch import CrossStitch as CrossStitch
     from mtl.cross_stitch import CrossStitchUnit as CrossStitchUnit
     from mtl.data import ArrayDataset as ArrayDataset
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from mtl.task import Task as Task
     from mtl.trainer import RunResult as RunResult
     from mtl.units import ExchangeUnit as ExchangeUnit
+
+    load_config = _load
 
 _HOME = {
     "backbones": ("Backbone",),

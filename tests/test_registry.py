@@ -242,10 +242,10 @@ def test_plugin_file_loaded_again_replaces_itself(tmp_path: Path) -> None:
     assert TASKS.get("shared_name").create() == "after it was edited"
 
 
-def test_rival_of_a_bundled_name_is_named_with_it() -> None:
+def test_rival_of_a_bundled_name_hurts_that_name_only() -> None:
     mtl.register_backbone("mlp")(lambda input_shape: None)
     message = refusal(lambda: BACKBONES.get("mlp"))
-    assert all(part in message for part in ("'mlp'", "test_registry.py", "crosstitch"))
+    assert all(part in message for part in ("'mlp'", "test_registry.py"))
     assert BACKBONES.get("small_cnn").name == "small_cnn"
 
 
@@ -393,8 +393,12 @@ def test_distribution_seen_twice_counts_once(
     assert isinstance(TASKS.get("fake_task").create(), mtl.Task)
 
 
-def test_decorator_and_distribution_with_one_name(add_distribution: AddDistribution) -> None:
+@pytest.mark.parametrize("imported", [False, True])
+def test_decorator_and_distribution_with_one_name(add_distribution: AddDistribution, imported: bool) -> None:
+    """The distribution is named also where its module was imported before the registry had to load it."""
     add_distribution("fake_rival", GOOD, GOOD_POINTS)
+    if imported:
+        importlib.import_module("fake_rival")
     mtl.register_task("fake_task")(lambda: None)
     message = refusal(lambda: TASKS.get("fake_task"))
     assert all(part in message for part in ("'fake_task'", "fake_rival 1.0", "test_registry.py"))
