@@ -192,8 +192,9 @@ def evaluate_run(
     directory = Path(run_dir)
     if not (directory / "config.yaml").is_file():
         raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
-    if split not in list(Split):
-        raise ConfigError([unknown("split", split, list(Split))])
+    for what, name, known in (("split", split, tuple(Split)), ("weights", weights, ("best", "last"))):
+        if name not in known:
+            raise ConfigError([unknown(what, name, known)])
     config = load(directory / "config.yaml")
     placed = config.data.model_copy(update={"root": data}) if data is not None else config.data
     config = resolved(config.replaced(device=device, data=placed))

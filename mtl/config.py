@@ -6,6 +6,7 @@ together. In a config a string where a mapping may stand means `{name: that}`, o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -28,11 +29,14 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from mtl.batches import Augment
-from mtl.errors import ConfigError, MTLError
+from mtl.errors import ConfigError, MTLError, unknown
 from mtl.optim import OptimConfig
-from mtl.options import Options, problems
+from mtl.options import Options, problems, within
 from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Plugin, Registry
 from mtl.sharing import STRUCTURAL, Sharing, Unshared, kinds, model_of
+
+CHOICE = "x-choice"
+"""Stands in a JSON schema for a reference to what is registered, until `json_schema` knows that."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +71,24 @@ def _choose(registry: Registry, value: Any) -> Choice:
         raise ValueError(f"must be a name, or a mapping with a name; found {value!r}")
     given = dict(given)
     name = given.pop("name")
-    entry = _Entry(weight=given.pop("weight", None)) if registry is TASKS else _Entry()
+    entry = _Entry.model_validate({"weight": given.pop("weight", None) if registry is TASKS else None})
     try:
         plugin = registry.get(name)
     except MTLError as error:
         raise ValueError(str(error)) from error
-    options = _options(plugin.options, given, str(plugin))
-    return Choice(name, options, entry.weight)
+    own = ["name", *(["weight"] if registry is TASKS else [])]
+    return Choice(name, _options(plugin, given, own), entry.weight)
 
 
-def _options(model: type[BaseModel] | None, given: Mapping[str, Any], who: str) -> BaseModel | None:
-    if model is None:
-        if given:
-            raise ValueError(f"{who} takes no options; found {', '.join(given)}")
-        return None
-    return model.model_validate(given)
+def _options(plugin: Plugin, given: Any, own: Sequence[str] = ()) -> BaseModel | None:
+    """The options of a plugin from a mapping; `own` are the keys that may stand beside them."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"the options of {plugin.name!r} are a mapping of keys; found {given!r}")
+    if plugin.options is not None:
+        return plugin.options.model_validate(given or {})
+    if given:
+        raise ValueError(f"{plugin.name!r} takes no options of its own: {unknown('key', str(next(iter(given))), own)}")
+    return None
 
 
 def _share(value: Any) -> Sharing:
@@ -110,7 +117,7 @@ class Registered:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"$ref": f"#/$defs/{self.registry.word}"}
+        return {CHOICE: self.registry.word}
 
 
 class DataConfig(Options):
@@ -118,7 +125,7 @@ class DataConfig(Options):
 
     root: Path | None = None
     """Folder of the datasets; null: the environment's MTL_DATA_ROOT, else ./data."""
-    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 5000
+    validation: int | float = Field(5000, ge=0)
     """Training samples held out to select weights on: a count, or a share below 1. 0: the last epoch is taken, untested."""
     split_seed: int = 0
     """Which samples are held out; not the run's seed, so that arms and seeds share one split."""
@@ -129,10 +136,25 @@ class DataConfig(Options):
     datasets: dict[str, Any] = Field(default_factory=dict)
     """Options of datasets, by dataset name."""
 
+    @field_validator("validation")
+    @classmethod
+    def _count_or_share(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError(f"must be a count (an integer) or a share below 1; found {value!r}")
+        return value
+
     @field_validator("datasets")
     @classmethod
     def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {name: _dataset_options(name, given) for name, given in value.items()}
+        options, wrong = {}, []
+        for name, given in value.items():
+            try:
+                options[name] = _dataset_options(name, given)
+            except ValueError as error:
+                wrong += within(name, error)
+        if wrong:
+            raise ValidationError.from_exception_data("datasets", wrong)
+        return options
 
 
 def _dataset_options(name: str, given: Any) -> BaseModel | None:
@@ -142,7 +164,7 @@ def _dataset_options(name: str, given: Any) -> BaseModel | None:
         plugin = DATASETS.get(name)
     except MTLError as error:
         raise ValueError(str(error)) from error
-    return _options(plugin.options, given, str(plugin))
+    return _options(plugin, given)
 
 
 class RunConfig(Options):
@@ -160,7 +182,7 @@ class RunConfig(Options):
         Sharing,
         PlainValidator(_share),
         PlainSerializer(lambda sharing: sharing.model_dump(mode="json")),
-        WithJsonSchema({"$ref": "#/$defs/sharing"}),
+        WithJsonSchema({CHOICE: "sharing"}),
     ] = Unshared()
     """What the towers have in common, or exchange."""
     balancer: Annotated[Choice, Registered(BALANCERS)] = Choice("fixed")
@@ -243,8 +265,10 @@ def from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
         raise ConfigError(error.problems, source=source) from None
 
 
-CHOICE_KEYS = {"sharing": "kind", "backbone": "name", "balancer": "name"}
-"""Sections that are a choice, with the key that makes it: setting that key begins the section anew."""
+NAMED_BY = {"sharing": "kind", "backbone": "name", "balancer": "name", "optim": "name"}
+"""Sections for which a string may stand, with the key that the string is the value of."""
+BEGUN_ANEW = ("sharing", "backbone", "balancer")
+"""Of these the ones whose other keys belong to that choice: setting it to another replaces the section."""
 
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -256,24 +280,31 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
     >>> override({"sharing": {"kind": "split", "at": "b", "points": ["a", "b"]}}, ["sharing.kind=unshared"])
     {'sharing': {'kind': 'unshared', 'points': ['a', 'b']}}
     """
-    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    result, wrong = copy.deepcopy(dict(tree)), []
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError([f"override {text!r} is not of the form key=value or key.sub=value"])
+            wrong.append(f"override {text!r} is not of the form key=value or key.sub=value")
+            continue
         try:
-            value = yaml.load(raw, Loader=_StrictLoader)
+            _set(result, key, yaml.load(raw, Loader=_StrictLoader))
         except yaml.YAMLError as error:
-            raise ConfigError([f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}"]) from None
-        _set(result, key, value)
+            wrong.append(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}")
+        except ConfigError as error:
+            wrong += error.problems
+    if wrong:
+        raise ConfigError(wrong)
     return result
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     section, *rest = key.split(".")
-    if section in CHOICE_KEYS and isinstance(tree.get(section), str):
-        tree[section] = {CHOICE_KEYS[section]: tree[section]}
-    if rest == [CHOICE_KEYS.get(section)] and isinstance(old := tree.get(section), dict) and old.get(rest[0]) != value:
+    if section in NAMED_BY and rest:
+        default = RunConfig.model_fields[section].default
+        named = tree.get(section, getattr(default, NAMED_BY[section]))
+        tree[section] = {NAMED_BY[section]: named} if isinstance(named, str) else named
+    old = tree.get(section)
+    if section in BEGUN_ANEW and rest == [NAMED_BY[section]] and isinstance(old, dict) and old.get(rest[0]) != value:
         tree[section] = {rest[0]: value, **({"points": old["points"]} if "points" in old else {})}
         return
     node: Any = tree
@@ -303,7 +334,7 @@ def _item(node: list[Any], part: str, key: str) -> Any:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a config with everything that is registered and loads, for editors."""
-    schema = RunConfig.model_json_schema()
+    schema: dict[str, Any] = _referring(RunConfig.model_json_schema())
     definitions = schema.setdefault("$defs", {})
     for registry in (TASKS, BACKBONES, BALANCERS):
         extra = {"weight": {"type": "number", "exclusiveMinimum": 0}} if registry is TASKS else {}
@@ -312,6 +343,16 @@ def json_schema() -> dict[str, Any]:
     sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
     definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
     return schema
+
+
+def _referring(schema: Any) -> Any:
+    """`schema` with every placeholder for what is registered replaced by a reference."""
+    if isinstance(schema, list):
+        return [_referring(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: _referring(part) for key, part in schema.items() if key != CHOICE}
+    return {**result, "$ref": f"#/$defs/{schema[CHOICE]}"} if CHOICE in schema else result
 
 
 def _loadable(registry: Registry, name: str) -> Plugin | None:
@@ -352,7 +393,10 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        made = super().construct_mapping(node, deep)
+        if odd := [key for key in made if not isinstance(key, str)]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {odd[0]!r} is not a string", node.start_mark)
+        return made
 
 
 def _reason(error: Exception) -> str:

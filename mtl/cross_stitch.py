@@ -6,11 +6,11 @@ Of five public versions three depart from the paper's equation; this one is held
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mtl.errors import ConfigError
@@ -41,6 +41,15 @@ class CrossStitch(Exchange):
     """`identity` starts as towers without exchange; a mapping {same, cross} starts mixed (the paper's best: 0.9 and 0.1)."""
     dense_limit_gib: float = Field(8.0, gt=0)
     """`dense` is refused where training one unit (weight, gradient, two moments) would take more memory than this, GiB."""
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _one_or_the_other(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return StitchInit.model_validate(value)
+        if value != "identity" and not isinstance(value, StitchInit):
+            raise ValueError(f"must be 'identity' or a mapping such as {{same: 0.9, cross: 0.1}}; found {value!r}")
+        return value
 
 
 class CrossStitchUnit(ExchangeUnit):

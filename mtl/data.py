@@ -160,7 +160,7 @@ def _load(plugin: Plugin, split: Split, root: Path, options: Options | None) -> 
     try:
         data = plugin.create(split, root, options=options)
     except MTLError as error:
-        raise type(error)(f"dataset {plugin.name!r}, {split} split: {error}") from error
+        raise DataError(f"dataset {plugin.name!r}, {split} split: {error}") from error
     except Exception as error:
         raise PluginError(f"{plugin} failed on the {split} split: {type(error).__name__}: {error}") from error
     if not isinstance(data, ArrayDataset):

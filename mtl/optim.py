@@ -8,7 +8,7 @@ one has parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,11 @@ class OptimConfig(Options):
     """Scale all gradients down to this global norm where they exceed it; null: never."""
     accumulate: int = Field(1, ge=1)
     """Batches whose gradients are added up for one update."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _decay_needs_adamw(self) -> OptimConfig:

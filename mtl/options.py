@@ -35,8 +35,19 @@ class Options(BaseModel):
         where = line["loc"]
         if line["type"] == "extra_forbidden" and len(where) == 1:
             message = unknown("key", str(where[0]), cls.model_fields)
-        reason = PydanticCustomError(line["type"], "{message}", {"message": message})
-        return InitErrorDetails(type=reason, loc=where, input=line["input"])
+        return _line(line["type"], message, where, line["input"])
+
+
+def within(name: str, error: ValueError) -> list[InitErrorDetails]:
+    """The mistakes of `error`, for the key `name` of a mapping that pydantic does not know as a model."""
+    if isinstance(error, ValidationError):
+        return [_line(d["type"], d["msg"], (name, *d["loc"]), d["input"]) for d in error.errors(include_url=False)]
+    return [_line("value_error", str(error), (name,), None)]
+
+
+def _line(kind: str, message: str, where: tuple[int | str, ...], found: Any) -> InitErrorDetails:
+    reason = PydanticCustomError(kind, "{message}", {"message": message})
+    return InitErrorDetails(type=reason, loc=where, input=found)
 
 
 def problems(error: ValidationError) -> list[str]:

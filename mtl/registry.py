@@ -102,10 +102,16 @@ class Registry:
 
         def decorate(factory: F) -> F:
             self._check(name, factory, options)
-            code = inspect.unwrap(factory)
-            identity = f"{code.__module__}:{getattr(code, '__qualname__', type(code).__qualname__)}"
-            origin = self._loading or _origin(code)
-            plugin = Plugin(self.kind, name, factory, options, {**self.details, **details}, identity, origin)
+            plugin = Plugin(
+                self.kind,
+                name,
+                factory,
+                options,
+                {**self.details, **details},
+                _identity(factory),
+                self._loading or _origin(factory),
+            )
+            identity = plugin.identity
             rivals = [other for other in self._claims.get(name, []) if other.identity != identity]
             self._claims[name] = [*rivals, plugin]  # the same function again (a notebook cell run twice) replaces itself
             return factory
@@ -137,7 +143,8 @@ class Registry:
             self._load(point)
         claims = self._claims[name]
         if len(claims) > 1:
-            raise self._rivalry(name, [claim.origin for claim in claims])
+            installed = {_target(point): _describe(point) for point in points}
+            raise self._rivalry(name, [f"{c.identity.split(':')[1]} ({installed.get(c.identity, c.origin)})" for c in claims])
         return claims[0]
 
     def _rivalry(self, name: str, origins: Iterable[str]) -> PluginError:
@@ -148,12 +155,15 @@ class Registry:
     def _load(self, point: metadata.EntryPoint) -> None:
         where = _describe(point)
         known = self._claims.get(point.name, [])
-        if any(claim.identity == point.value.replace(" ", "") for claim in known):
+        if any(claim.identity == _target(point) for claim in known):
             return
+        before = [(registry, dict(registry._claims)) for registry in REGISTRIES]
         self._loading = where
         try:
             target = point.load()
         except (Exception, SystemExit) as error:
+            for registry, claims in before:  # what a module registered before it failed does not count
+                registry._claims = claims
             raise PluginError(
                 f"{self.kind} {point.name!r} of {where} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
@@ -176,7 +186,7 @@ class Registry:
         wanted = (*self.arguments, *(["options"] if options is not None else []))
         try:
             inspect.signature(factory).bind(*wanted)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise PluginError(
                 f"{self.kind} {name!r}: {_origin(factory)} must be callable as ({', '.join(wanted)}): {error}"
             ) from error
@@ -187,6 +197,8 @@ TASKS = Registry("task", ())
 BACKBONES = Registry("backbone", ("input_shape",))
 UNITS = Registry("exchange unit", ("tasks", "shape"))
 BALANCERS = Registry("balancer", ("tasks",))
+
+REGISTRIES = (DATASETS, TASKS, BACKBONES, UNITS, BALANCERS)
 
 register_dataset = DATASETS.register
 register_task = TASKS.register
@@ -214,6 +226,7 @@ def load_plugin_file(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except PluginError:
+        del sys.modules[module_name]
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
@@ -235,9 +248,21 @@ def _describe(point: metadata.EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}"
 
 
+def _target(point: metadata.EntryPoint) -> str:
+    return point.value.replace(" ", "")
+
+
+def _identity(factory: Any) -> str:
+    """`module:qualified name`, as in an entry point; what has no name of its own is told apart by its line."""
+    code = inspect.unwrap(factory)
+    name = getattr(code, "__qualname__", "") or f"{type(code).__qualname__}@{id(code):x}"
+    line = f"@{code.__code__.co_firstlineno}" if name.endswith("<lambda>") else ""
+    return f"{code.__module__}:{name}{line}"
+
+
 def _origin(factory: Any) -> str:
     try:
         source = inspect.getsourcefile(inspect.unwrap(factory))
     except TypeError:
         source = None
-    return Path(source).name if source else str(getattr(factory, "__module__", factory))
+    return source or str(getattr(factory, "__module__", factory))

@@ -140,7 +140,7 @@ def model_of(kind: Any) -> type[Sharing]:
     Raises:
         PluginError: unknown (the nearest is offered), or a unit that is broken.
     """
-    if kind in STRUCTURAL:
+    if isinstance(kind, str) and kind in STRUCTURAL:
         return STRUCTURAL[kind]
     if kind not in kinds():
         raise PluginError(unknown("sharing kind", str(kind), kinds()))

@@ -488,7 +488,7 @@ def test_bug_of_ours_is_not_dressed_as_a_users_mistake(config: Path, cwd: Path, 
 
 def test_tasks_are_listed_with_their_origin() -> None:
     listed = {entry["name"]: entry["origin"] for entry in command("tasks", "--json").json["tasks"]}
-    assert listed["tiny_a"] == "conftest.py"
+    assert listed["tiny_a"].endswith("conftest.py")
     assert listed["fashion_category"].startswith("crosstitch ")
     assert {"fashion_group", "shapes_kind", "shapes_colour", "shapes_count", "shapes_size"} <= set(listed)
     lines = command("tasks").out.splitlines()

@@ -95,7 +95,7 @@ def test_decorated_factory_is_found_and_called(word: str) -> None:
     name = f"decorated_{word}"
     assert register(name, options=Keys)(factory) is factory  # a decorated function stays what it was
     assert name in registry.names()
-    assert registry.origins()[name] == Path(__file__).name
+    assert registry.origins()[name] == __file__
     plugin = registry.get(name)
     assert isinstance(plugin, Plugin)
     assert (plugin.name, plugin.kind, plugin.factory, plugin.options) == (name, registry.kind, factory, Keys)
