@@ -47,14 +47,13 @@ def render() -> str:
     by_arm = {arm: sorted((run for run in runs if run["sharing"] == arm), key=lambda run: run["seed"]) for arm in ARMS}
     seeds = [run["seed"] for run in by_arm["unshared"]]
     assert seeds == [run["seed"] for run in by_arm["cross_stitch"]], "arms must have the same seeds"
-    rows = ["| test accuracy | " + " | ".join(METRICS) + " | parameters | images/s |", "|---|" + "---|" * 5]
+    rows = ["| test accuracy | " + " | ".join(METRICS) + " | parameters |", "|---|" + "---|" * 4]
     for arm, arm_runs in by_arm.items():
         cells = [interval([figure(run, metric) for run in arm_runs]) for metric in METRICS]
-        speed = statistics.median(run["images_per_second"] for run in arm_runs)
-        rows.append(f"| `{arm}` | {' | '.join(cells)} | {arm_runs[0]['parameters']:,} | {speed:,.0f} |")
+        rows.append(f"| `{arm}` | {' | '.join(cells)} | {arm_runs[0]['parameters']:,} |")
     pairs = list(zip(by_arm["cross_stitch"], by_arm["unshared"], strict=True))
     differences = [interval([figure(a, metric) - figure(b, metric) for a, b in pairs], sign="+") for metric in METRICS]
-    rows.append(f"| difference, paired | {' | '.join(differences)} | | |")
+    rows.append(f"| difference, paired | {' | '.join(differences)} | |")
     first = runs[0]
     environment = first["environment"]
     digests = ", ".join(f"{arm} {arm_runs[0]['config_digest']}" for arm, arm_runs in by_arm.items())
