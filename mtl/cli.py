@@ -35,6 +35,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON obj
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.lr=1e-3 epochs=3")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"mtl {version('crosstitch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train N vision tasks together, and find out whether sharing between them helps."""
+
+
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What to train; see examples/configs/.")],

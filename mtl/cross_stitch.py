@@ -55,7 +55,7 @@ class CrossStitch(Exchange):
 class CrossStitchUnit(ExchangeUnit):
     """x~_t = sum_s alpha[t, s] x_s (Misra et al. 2016, arXiv 1604.03539, equation 1), for T tasks.
 
-    `alpha` is (T, T) for "scalar", (T, T, C) for "channel" and, for "dense", (T, D, T, D) with D the activations of one
+    `alpha` is (T, T) for "scalar", (T, T, C) for "channel" and, for "dense", (T D, T D) with D the activations of one
     sample: the full matrix that the TensorFlow reference implementation multiplies with, of which the other two are special
     cases (blocks that are multiples of the identity, or diagonal and constant within a channel).
 
@@ -79,7 +79,7 @@ class CrossStitchUnit(ExchangeUnit):
             case "channel":
                 alpha = start[:, :, None].repeat(1, 1, shape[0])
             case "dense":
-                alpha = torch.einsum("ts,de->tdse", start, torch.eye(math.prod(shape)))
+                alpha = torch.kron(start, torch.eye(math.prod(shape)))
             case _:
                 raise ConfigError([f"granularity={granularity!r}; it is 'scalar', 'channel' or 'dense'"])
         self.alpha = nn.Parameter(alpha)
@@ -91,10 +91,8 @@ class CrossStitchUnit(ExchangeUnit):
         assert all(f.shape == shape for f in features), [tuple(f.shape) for f in features]
         alpha = self.alpha.to(features[0].dtype)
         if self.granularity == "dense":  # one product over towers and activations: (B, T*D) by (T*D, T*D)
-            size = alpha.shape[1]
-            stacked = torch.stack([f.flatten(1) for f in features], dim=1).flatten(1)
-            mixed = stacked @ alpha.reshape(self.tasks * size, self.tasks * size).T
-            return [m.reshape(shape) for m in mixed.view(-1, self.tasks, size).unbind(1)]
+            mixed = torch.cat([f.flatten(1) for f in features], dim=1) @ alpha.T
+            return [m.reshape(shape) for m in mixed.chunk(self.tasks, dim=1)]
         stacked = torch.stack(list(features))  # (T, B, C, ...): one product over the tower axis, never T^2 full activations
         if self.granularity == "scalar":
             return list(torch.einsum("ts,s...->t...", alpha, stacked).unbind(0))
@@ -112,7 +110,9 @@ class CrossStitchUnit(ExchangeUnit):
             case "channel":
                 return self.alpha.detach().mean(dim=2)
             case _:
-                norms: Tensor = torch.linalg.vector_norm(self.alpha.detach(), dim=(1, 3)) / math.sqrt(self.alpha.shape[1])
+                size = len(self.alpha) // self.tasks
+                blocks = self.alpha.detach().view(self.tasks, size, self.tasks, size)
+                norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 3)) / math.sqrt(size)
                 return norms
 
     @property

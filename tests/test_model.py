@@ -60,7 +60,10 @@ def test_identity_stitch_equals_unshared(tasks: int, granularity: str) -> None:
     for point in POINTS:
         alpha = gradients[f"units.{point}.alpha"]
         assert alpha is not None
-        assert alpha.flatten(2).abs().sum(-1).gt(0).all() if alpha.ndim == 3 else alpha.abs().gt(0).any(), point
+        blocks = (
+            alpha.view(tasks, len(alpha) // tasks, tasks, -1) if granularity == "dense" else alpha.view(tasks, 1, tasks, -1)
+        )
+        assert blocks.abs().sum((1, 3)).gt(0).all(), point  # from every task to every task
 
 
 @pytest.mark.parametrize(
@@ -198,3 +201,30 @@ def test_a_unit_of_ones_own() -> None:
     model.eval()
     features = model.features({"d": images()})
     torch.testing.assert_close(features[0], features[1])
+
+
+def test_towers_that_differ_in_shape_are_refused_where_they_would_exchange() -> None:
+    made = []
+
+    @mtl.register_backbone("grows_each_time")
+    def grows_each_time(input_shape: Sequence[int]) -> mtl.Backbone:
+        made.append(len(made))
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5 + len(made)))
+        return mtl.Backbone(network, points=("1",))
+
+    with pytest.raises(mtl.ConfigError, match=r"towers differ in shape at '1': t0 \(7,\), t1 \(8,\); they cannot exchange"):
+        make(mtl.CrossStitch(granularity="scalar"), 2, "grows_each_time")
+
+
+def test_a_unit_that_changes_the_shape_is_refused() -> None:
+    class Half(mtl.ExchangeUnit):
+        def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+            return [f[:, ::2] for f in features]
+
+    @mtl.register_unit("halving")
+    def halving(tasks: int, shape: Sequence[int]) -> Half:
+        return Half()
+
+    config = RunConfig(tasks=["tiny_a"], sharing={"kind": "halving", "points": ["fc3"]})
+    with pytest.raises(mtl.PluginError, match=r"Half turns 2 features of shape \(102,\) into \(51,\), \(51,\)"):
+        make(config.sharing)
