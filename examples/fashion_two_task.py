@@ -47,7 +47,7 @@ def config(args: argparse.Namespace, tasks: list[str], sharing: object) -> mtl.R
         sharing=sharing,
         data={"validation": 5000 if fashion else 0.1, "standardize": "pixel" if fashion else "channel"},
         optim={"name": "adam", "lr": args.lr, "l2": args.l2},
-        epochs=args.epochs or ((2 if fashion else 12) if args.quick else 30),
+        epochs=args.epochs if args.epochs is not None else ((2 if fashion else 12) if args.quick else 30),
         batch_size=args.batch_size,
         seed=args.seed,
     )

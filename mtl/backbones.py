@@ -33,11 +33,12 @@ class Backbone:
     points: tuple[str, ...] = ()
     channels: int | None = None
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """(B, 1, H, W) -> (B, channels, H, W) where the network wants more channels; anything else unchanged."""
-        if self.channels is not None and x.shape[1] == 1 != self.channels:
-            return x.expand(-1, self.channels, -1, -1)
-        return x
+
+def prepare(x: Tensor, channels: int | None) -> Tensor:
+    """(B, 1, H, W) -> (B, channels, H, W) where a network insists on more channels; anything else unchanged."""
+    if channels is not None and x.shape[1] == 1 != channels:
+        return x.expand(-1, channels, -1, -1)
+    return x
 
 
 def initialise(module: nn.Module) -> None:

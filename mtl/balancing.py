@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ class Balancer(nn.Module, ABC):
     A factory registered with `@mtl.register_balancer` is called with (tasks[, options]), the task names in order, and returns
     one of these. Its parameters, if any, are optimised with the model's, without weight decay.
     """
+
+    additive: ClassVar[bool] = False
+    """Whether gradients of micro-batches add up to those of the whole; where not, `optim.accumulate` above 1 is refused."""
 
     @abstractmethod
     def backward(self, losses: Tensor, features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -55,6 +59,8 @@ class Sum(Scalarization):
 
     With ordinary regularisation and equal tuning it matches or beats special methods (Kurin et al. 2022, arXiv 2201.04122).
     """
+
+    additive = True
 
     def combine(self, losses: Tensor) -> Tensor:
         """sum_t losses[t]"""

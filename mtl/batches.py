@@ -102,21 +102,25 @@ class Feed:
 
     def epoch(self, epoch: int) -> Iterator[Step]:
         """The steps of epoch `epoch` (from 1)."""
-        orders = {name: self._order(name, epoch) for name in self.samples}
+        orders = {name: self._order(name, epoch) for name in self.samples}  # name -> (positions, how often seen before)
         for i in range(0, len(self.bounds), self.accumulate):
             micro = self.bounds[i : i + self.accumulate]
-            yield [[self._batch(name, orders[name][a:b], epoch) for name in self.samples] for a, b in micro]
+            yield [
+                [self._batch(name, index[a:b], turn[a:b], epoch) for name, (index, turn) in orders.items()] for a, b in micro
+            ]
 
-    def _order(self, name: str, epoch: int) -> Tensor:
-        """Positions of dataset `name` in the order of this epoch, as many as the driving dataset has (or its own, repeated)."""
+    def _order(self, name: str, epoch: int) -> tuple[Tensor, Tensor]:
+        """Positions of dataset `name` in the order of this epoch, as many as the driving dataset has, and each one's pass."""
         part, needed = self.samples[name], self.bounds[-1][1]
         passes = math.ceil(needed / len(part))
         order = torch.cat([permutation(len(part), self.seed, "order", name, epoch, i) for i in range(passes)])
-        return order[:needed].to(part.images.device)
+        turn = torch.arange(passes).repeat_interleave(len(part))
+        device = part.images.device
+        return order[:needed].to(device), turn[:needed].to(device)
 
-    def _batch(self, name: str, index: Tensor, epoch: int) -> Batch:
+    def _batch(self, name: str, index: Tensor, turn: Tensor, epoch: int) -> Batch:
         part = self.samples[name]
-        images = self.augment(part.images[index], index, self.seed, "augment", name, epoch)
+        images = self.augment(part.images[index], index + turn * len(part), self.seed, "augment", name, epoch)
         targets = {task: target[index] for task, target in part.targets.items()}
         valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
         return Batch(name, images, targets, valid)

@@ -20,7 +20,7 @@ from mtl.checkpoint import load_weights
 from mtl.config import Choice, RunConfig, load
 from mtl.data import Samples, Split, data_root, load_splits
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
-from mtl.evaluation import evaluate, mean_score
+from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.hardware import computes_in_bf16
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
@@ -63,6 +63,14 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
     optimizer = make_optimizer(config.optim, model, exchange, balancer, config.sharing.unit_lr_factor)
     total = min(feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
+    if config.optim.accumulate > 1 and not balancer.additive:
+        raise ConfigError(
+            [
+                f"optim.accumulate={config.optim.accumulate}: balancer {config.balancer.name!r} is not additive over "
+                "micro-batches; use accumulate=1, or balancer=fixed"
+            ]
+        )
+    try_tasks(model, samples[Split.TRAIN], autocast(config))
     directory = make_directory(run_dir, config)
     return Run(
         config=config,
@@ -91,7 +99,7 @@ def resolved(config: RunConfig) -> RunConfig:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros((), device=name)
+        torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError([f"device: {name!r} cannot be used here: {reason}; use auto or cpu"]) from None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +34,7 @@ Plugins = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.lr=1e-3 epochs=3")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. optim.lr=1e-3 epochs=3")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,20 +66,18 @@ def train(
     plugin: Plugins = None,
 ) -> None:
     """Train one run."""
-    load_plugins(plugin)
-    from mtl import build
-    from mtl.config import load
-    from mtl.progress import for_terminal
+    with json_only(as_json):
+        load_plugins(plugin)
+        from mtl import build
+        from mtl.config import load
+        from mtl.progress import for_terminal
 
-    loaded = load(config, overrides or [])
-    if dry_run:
-        show(build.dry_run(loaded), as_json)
-        return
-    result = build.train(loaded, run_dir, for_terminal())
-    if as_json:
-        show(vars(result), as_json)
+        loaded = load(config, overrides or [])
+        result = build.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
+    if as_json or dry_run:
+        show(result, as_json)
     else:
-        print_result(vars(result))
+        print_result(result)
 
 
 @app.command()
@@ -91,10 +91,11 @@ def evaluate(
     plugin: Plugins = None,
 ) -> None:
     """Metrics of a run's weights on a split."""
-    load_plugins(plugin)
-    from mtl import build
+    with json_only(as_json):
+        load_plugins(plugin)
+        from mtl import build
 
-    figures = build.evaluate_run(run, split, weights, device, data_root)
+        figures = build.evaluate_run(run, split, weights, device, data_root)
     if as_json:
         show({"run_dir": str(run), "split": split, "weights": weights, **figures}, as_json)
     else:
@@ -108,7 +109,8 @@ def tasks(
     plugin: Plugins = None,
 ) -> None:
     """List registered tasks (imports none of them), or show one."""
-    load_plugins(plugin)
+    with json_only(as_json):
+        load_plugins(plugin)
     from mtl.registry import TASKS
 
     if name is None:
@@ -116,7 +118,8 @@ def tasks(
         return
     from mtl.task import make_task
 
-    task = make_task(name)
+    with json_only(as_json):
+        task = make_task(name)
     metrics = {m.name: {"better": m.better, "score": m.score} for m in task.all_metrics}
     about = {"name": name, "dataset": task.dataset, "target": task.target, "weight": task.weight, **task.head.describe()}
     show({**about, "metrics": metrics, "origin": TASKS.origins()[name]}, as_json)
@@ -130,7 +133,8 @@ def backbones(
     plugin: Plugins = None,
 ) -> None:
     """List registered backbones (imports none of them), or the layer points of one with channels and stride."""
-    load_plugins(plugin)
+    with json_only(as_json):
+        load_plugins(plugin)
     from mtl.registry import BACKBONES
 
     if name is None:
@@ -145,7 +149,8 @@ def backbones(
             raise ValueError
     except ValueError:
         raise ConfigError([f"--input-shape {input_shape!r} is not of the form CxHxW (3x64x64) or D (128)"]) from None
-    about = describe_backbone(BACKBONES.get(name), shape)
+    with json_only(as_json):
+        about = describe_backbone(BACKBONES.get(name), shape)
     if as_json:
         show(about, as_json)
         return
@@ -165,10 +170,19 @@ def backbones(
 @config_app.command("schema")
 def config_schema(plugin: Plugins = None) -> None:
     """The JSON schema of every key, for editors."""
-    load_plugins(plugin)
-    from mtl.config import json_schema
+    with json_only(True):
+        load_plugins(plugin)
+        from mtl.config import json_schema
 
-    show(json_schema(), as_json=True)
+        schema = json_schema()
+    show(schema, as_json=True)
+
+
+@contextmanager
+def json_only(as_json: bool) -> Iterator[None]:
+    """With `--json` send to standard error what plugins and libraries print, so that standard output is one JSON object."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def load_plugins(paths: list[Path] | None) -> None:

@@ -25,6 +25,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
@@ -220,6 +221,12 @@ class RunConfig(Options):
             raise ValueError(f"named more than once: {', '.join(twice)}")
         return tasks
 
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> RunConfig:
+        if self.patience is not None and not self.data.validation:
+            raise ValueError(f"patience={self.patience} waits for a validation score, and data.validation is 0")
+        return self
+
     def replaced(self, **values: Any) -> RunConfig:
         """A copy with top-level keys replaced, validated."""
         return RunConfig(**{**{name: getattr(self, name) for name in RunConfig.model_fields}, **values})
@@ -250,7 +257,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"cannot read config {str(path)!r}: {_reason(error)}{hint}"]) from None
     try:
         tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number of an impossible form
         raise ConfigError([" ".join(str(error).split())], source=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"a config is a mapping of keys; found {type(tree).__name__}"], source=str(path))
@@ -288,7 +295,7 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
             continue
         try:
             _set(result, key, yaml.load(raw, Loader=_StrictLoader))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             wrong.append(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}")
         except ConfigError as error:
             wrong += error.problems
@@ -310,10 +317,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     node: Any = tree
     parts = [section, *rest]
     for i, part in enumerate(parts[:-1]):
-        if isinstance(node, list):
-            node = _item(node, part, key)
-            continue
-        node = node.setdefault(part, {})
+        node = _item(node, part, key) if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             where = ".".join(parts[: i + 1])
             raise ConfigError([f"override {key!r}: {where} is {node!r}, which has no keys; override {where} itself"])
@@ -327,9 +331,10 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 def _item(node: list[Any], part: str, key: str) -> Any:
     if not part.isdigit() or int(part) >= len(node):
         raise ConfigError([f"override {key!r}: {part!r} is not a position in a list of {len(node)}"])
-    if isinstance(node[int(part)], str):
-        node[int(part)] = {"name": node[int(part)]}
-    return node[int(part)]
+    i = int(part)
+    if isinstance(node[i], str):
+        node[i] = {"name": node[i]}
+    return node[i]
 
 
 def json_schema() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mtl.sharing import Exchange
 from mtl.units import ExchangeUnit
 
 BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient, Adam's two moments
+CHAINED = 4  # towers; see CrossStitchUnit._changes
 
 
 class StitchInit(Options):
@@ -40,7 +41,27 @@ class CrossStitch(Exchange):
     init: Literal["identity"] | StitchInit = "identity"
     """`identity` starts as towers without exchange; a mapping {same, cross} starts mixed (the paper's best: 0.9 and 0.1)."""
     dense_limit_gib: float = Field(8.0, gt=0)
-    """`dense` is refused where training one unit (weight, gradient, two moments) would take more memory than this, GiB."""
+    """`dense` is refused where training its matrices (weight, gradient, two moments) would take more than this, GiB."""
+
+    def check(self, tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse dense units that would not fit, before anything is allocated.
+
+        Raises:
+            ConfigError: with the memory that each of them, and all together, would take.
+        """
+        if self.granularity != "dense":
+            return
+        gib = {point: BYTES_PER_TRAINED_WEIGHT * (tasks * math.prod(shape)) ** 2 / 2**30 for point, shape in shapes.items()}
+        if sum(gib.values()) > self.dense_limit_gib:
+            sides = {point: tasks * math.prod(shape) for point, shape in shapes.items()}
+            each = ", ".join(f"{point} {side} x {side} ({gib[point]:.1f} GiB)" for point, side in sides.items())
+            raise ConfigError(
+                [
+                    f"sharing.granularity: dense units of {tasks} tasks are full matrices: {each}; "
+                    f"{sum(gib.values()):.1f} GiB to train (weight, gradient, two moments), above sharing.dense_limit_gib="
+                    f"{self.dense_limit_gib:g}; use 'channel' or 'scalar', fewer points, or raise the limit"
+                ]
+            )
 
     @field_validator("init", mode="before")
     @classmethod
@@ -86,17 +107,38 @@ class CrossStitchUnit(ExchangeUnit):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """T tensors (B, C, ...) -> T tensors (B, C, ...)."""
-        shape = features[0].shape
+        first = features[0]
         assert len(features) == self.tasks
-        assert all(f.shape == shape for f in features), [tuple(f.shape) for f in features]
-        alpha = self.alpha.to(features[0].dtype)
-        if self.granularity == "dense":  # one product over towers and activations: (B, T*D) by (T*D, T*D)
-            mixed = torch.cat([f.flatten(1) for f in features], dim=1) @ alpha.T
-            return [m.reshape(shape) for m in mixed.chunk(self.tasks, dim=1)]
-        stacked = torch.stack(list(features))  # (T, B, C, ...): one product over the tower axis, never T^2 full activations
-        if self.granularity == "scalar":
-            return list(torch.einsum("ts,s...->t...", alpha, stacked).unbind(0))
-        return list(torch.einsum("tsc,sbc...->tbc...", alpha, stacked).unbind(0))
+        assert all(f.shape == first.shape for f in features), [tuple(f.shape) for f in features]
+        with torch.autocast(first.device.type, enabled=False):
+            if self.granularity == "dense":
+                flat = torch.cat([f.flatten(1) for f in features], dim=1).to(self.alpha.dtype)
+                mixed = (flat @ self.alpha.T).to(first.dtype)
+                return [m.reshape(first.shape) for m in mixed.chunk(self.tasks, dim=1)]
+            return [f + change for f, change in zip(features, self._changes(features), strict=True)]
+
+    def _changes(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """x~_t - x_t for each task.
+
+        In bf16 an alpha near 1 is rounded to multiples of 2^-8, which would swallow most of what it learns; alpha minus the
+        identity is not. Up to `CHAINED` towers are summed one by one, in the features' own memory layout and with no more
+        full activations alive than towers; above that one product over the tower axis is as fast (measured: 2 cores).
+        """
+        identity = torch.eye(self.tasks, device=self.alpha.device, dtype=self.alpha.dtype)
+        spatial = [1] * (features[0].ndim - 2)
+        excess = (self.alpha - identity.view(self.tasks, self.tasks, *[1] * (self.alpha.ndim - 2))).to(features[0].dtype)
+        excess = excess.reshape(self.tasks, self.tasks, -1, *spatial)  # (T, T, C or 1, 1, ...)
+        if self.tasks > CHAINED:
+            stacked = torch.stack(list(features))
+            weights = excess.expand(-1, -1, features[0].shape[1], *spatial).flatten(2)
+            return list(torch.einsum("tsc,sbc...->tbc...", weights, stacked).unbind(0))
+        changes = []
+        for row in excess.unbind(0):
+            change = features[0] * row[0]
+            for weight, f in zip(row[1:], features[1:], strict=True):
+                change = torch.addcmul(change, f, weight)
+            changes.append(change)
+        return changes
 
     @torch.no_grad()
     def coupling(self) -> Tensor:
@@ -126,17 +168,6 @@ class CrossStitchUnit(ExchangeUnit):
 
 @register_unit("cross_stitch", options=CrossStitch)
 def make_unit(tasks: int, shape: Sequence[int], options: CrossStitch) -> CrossStitchUnit:
-    """A cross-stitch unit for `tasks` towers; refuses a dense one that would not fit, before anything is allocated."""
-    if options.granularity == "dense":
-        side = tasks * math.prod(shape)
-        gib = BYTES_PER_TRAINED_WEIGHT * side**2 / 2**30
-        if gib > options.dense_limit_gib:
-            raise ConfigError(
-                [
-                    f"sharing.granularity: a dense unit over {tasks} tasks of {math.prod(shape)} activations is a {side} x "
-                    f"{side} matrix: {gib:.1f} GiB to train (weight, gradient, two moments), above "
-                    f"sharing.dense_limit_gib={options.dense_limit_gib:g}; use 'channel' or 'scalar', or raise the limit"
-                ]
-            )
+    """A cross-stitch unit for `tasks` towers."""
     start = StitchInit(same=1.0, cross=0.0) if isinstance(options.init, str) else options.init
     return CrossStitchUnit(tasks, shape, options.granularity, start.same, start.cross)

@@ -22,7 +22,7 @@ from mtl.errors import DataError, MTLError, PluginError, unknown
 from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
 from mtl.seeding import permutation
-from mtl.task import Task
+from mtl.task import Task, check_name
 
 
 class Split(StrEnum):
@@ -79,7 +79,8 @@ class ArrayDataset:
 class Samples:
     """One split of one dataset on the training device, with the targets of the tasks that use it.
 
-    `valid[task]` is (N,) bool, or None where every sample is labelled; `labelled[task]` counts the samples that are.
+    `valid[task]` is bool, (N,) or of the target's shape, or None where every label exists; `labelled[task]` counts those that
+    do, and `shares[task]` is the part of all labels that do.
     """
 
     dataset: str
@@ -87,6 +88,7 @@ class Samples:
     targets: Mapping[str, Tensor]
     valid: Mapping[str, Tensor | None]
     labelled: Mapping[str, int]
+    shares: Mapping[str, float]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,10 +97,6 @@ class Samples:
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample, (C, H, W) or (D,)."""
         return tuple(self.images.shape[1:])
-
-    def share(self, task: str) -> float:
-        """The part of these samples that carry a label for `task`."""
-        return self.labelled[task] / len(self)
 
 
 def data_root(configured: str | Path | None = None) -> Path:
@@ -132,6 +130,7 @@ def load_splits(
     Raises:
         DataError, PluginError: naming dataset, split, task and what is wrong.
     """
+    check_name("dataset", name)
     plugin = DATASETS.get(name)
     declared = plugin.details["splits"]
     if Split.TRAIN not in declared or not set(declared) <= set(Split):
@@ -159,10 +158,10 @@ def _load(plugin: Plugin, split: Split, root: Path, options: Options | None) -> 
         raise DataError(f"{plugin}: " + unknown("split", split, plugin.details["splits"]))
     try:
         data = plugin.create(split, root, options=options)
+    except PluginError:
+        raise
     except MTLError as error:
         raise DataError(f"dataset {plugin.name!r}, {split} split: {error}") from error
-    except Exception as error:
-        raise PluginError(f"{plugin} failed on the {split} split: {type(error).__name__}: {error}") from error
     if not isinstance(data, ArrayDataset):
         raise PluginError(f"{plugin} must give an mtl.ArrayDataset; found {type(data).__name__}")
     return data
@@ -188,6 +187,7 @@ def _check(name: str, split: Split, data: ArrayDataset, tasks: Sequence[Task], d
     targets: dict[str, Tensor] = {}
     valid: dict[str, Tensor | None] = {}
     labelled: dict[str, int] = {}
+    shares: dict[str, float] = {}
     for task in tasks:
         if task.target not in data.labels:
             raise DataError(f"{where}: task {task.name!r} wants " + unknown("target", task.target, data.labels))
@@ -196,17 +196,17 @@ def _check(name: str, split: Split, data: ArrayDataset, tasks: Sequence[Task], d
         seen = mask if mask is not None else torch.ones(len(labels), dtype=torch.bool)
         try:
             target = task.head.targets(labels, seen)
+            if not seen.any():
+                raise DataError("no sample is labelled")
             if split is Split.TRAIN:
-                if not seen.any():
-                    raise DataError("no sample is labelled")
                 task.head.check_training(target, seen)
         except DataError as error:
             raise DataError(f"{where}, task {task.name!r}: {error}") from error
-        count = int(seen.sum())
         targets[task.name] = target.to(device)
-        valid[task.name] = None if count == len(labels) else seen.to(device)
-        labelled[task.name] = count
-    return Samples(name, data.images.to(device), targets, valid, labelled)
+        valid[task.name] = None if seen.all() else seen.to(device)
+        labelled[task.name] = int(seen.sum())
+        shares[task.name] = labelled[task.name] / seen.numel()
+    return Samples(name, data.images.to(device), targets, valid, labelled, shares)
 
 
 def _images(images: Any) -> Tensor:
@@ -243,4 +243,6 @@ def _tensor(value: Any, what: str) -> Tensor:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_writable(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} cannot be made a tensor: {error}") from error
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+    if tensor.dtype == torch.float64:
+        return tensor.float()
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor  # torch computes in neither

@@ -11,24 +11,33 @@ from torch import Tensor
 
 from mtl.batches import Batch, in_order
 from mtl.data import Samples
+from mtl.errors import MTLError, PluginError
 from mtl.metrics import Meter
 from mtl.model import MultiTaskModel
 from mtl.task import Task
 
 TaskFigures = dict[str, Any]
-"""Of one task on one split: `n` labelled samples, `loss` and each metric; figures are None where n is 0."""
+"""Of one task on one split: `n` labels, `loss` and each metric; None for a metric that is not a number."""
 
 
 def summed_loss(task: Task, output: Tensor, batch: Batch) -> Tensor:
-    """Sum of a task's losses over the samples of a batch that carry its label: a scalar, zero where none does.
+    """Sum over the samples of a batch of a task's loss, each sample's averaged over its labels; missing ones count as zero.
 
-    Unlabelled samples contribute exactly nothing, also to the gradient: `where` passes zero to what it does not select.
+    What is not labelled contributes exactly nothing, also to the gradient: `where` passes zero to what it does not select.
+
+    Raises:
+        PluginError: the loss is not one value per sample, or per label.
     """
-    loss = task.unreduced_loss(output, batch.targets[task.name])
-    mask = batch.valid[task.name]
+    target, mask = batch.targets[task.name], batch.valid[task.name]
+    loss = task.unreduced_loss(output, target)
+    if loss.shape not in (target.shape[:1], target.shape) or (mask is not None and loss.ndim < mask.ndim):
+        raise PluginError(
+            f"the loss of task {task.name!r} must be unreduced, one value per sample or label, shape "
+            f"{tuple(target.shape)}; found shape {tuple(loss.shape)}; give a loss with reduction='none'"
+        )
     if mask is not None:
-        loss = torch.where(mask.view(-1, *[1] * (loss.ndim - mask.ndim)), loss, 0.0)
-    return loss.sum()
+        loss = torch.where(mask.view(*mask.shape, *[1] * (loss.ndim - mask.ndim)), loss, 0.0)
+    return loss.flatten(1).mean(1).sum() if loss.ndim > 1 else loss.sum()
 
 
 @torch.no_grad()
@@ -58,25 +67,56 @@ def _evaluate_dataset(
     losses = {task.name: torch.zeros((), device=part.images.device) for task in tasks}
     for batch in in_order(part, batch_size):
         with autocast():
-            outputs = model({part.dataset: batch.images})
+            outputs = model({part.dataset: batch.images}).outputs
         for task in tasks:
-            output = outputs[task.name]
-            losses[task.name] += summed_loss(task, output, batch)
-            predictions, target, mask = task.head.predictions(output), batch.targets[task.name], batch.valid[task.name]
-            if mask is not None:
-                predictions, target = predictions[mask], target[mask]
-            if len(target):
-                meters[task.name].update(predictions, target)
+            losses[task.name] += summed_loss(task, outputs[task.name], batch)
+            predictions = task.head.predictions(outputs[task.name])
+            meters[task.name].update(predictions, batch.targets[task.name], batch.valid[task.name])
     figures = {}
     for task in tasks:
-        n = part.labelled[task.name]
-        computed = meters[task.name].compute() if n else {metric.name: None for metric in task.all_metrics}
-        figures[task.name] = {"n": n, "loss": losses[task.name].item() / n if n else None, **computed}
+        loss = losses[task.name].item() / (len(part) * part.shares[task.name])
+        figures[task.name] = {"n": part.labelled[task.name], "loss": loss, **meters[task.name].compute()}
     return figures
 
 
+@torch.no_grad()
+def try_tasks(
+    model: MultiTaskModel, samples: Mapping[str, Samples], autocast: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Run head, loss, predictions, metrics and decoding of every task on two samples, before anything is trained.
+
+    Raises:
+        MTLError: one of them fails; with the task's name and what it raised.
+    """
+    for name, part in samples.items():
+        batch = next(in_order(part, 2))
+        model.eval()
+        with autocast():
+            outputs = model({name: batch.images}).outputs
+        for task in model.present([name]):
+            try:
+                summed_loss(task, outputs[task.name], batch)
+                meter = Meter(task.all_metrics, part.images.device)
+                meter.update(task.head.predictions(outputs[task.name]), batch.targets[task.name], None)
+                meter.compute()
+                task.head.decode(outputs[task.name])
+            except MTLError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"task {task.name!r}: its head, loss or metrics fail on two samples: {type(error).__name__}: {error}"
+                ) from error
+
+
 def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> float | None:
-    """Mean over tasks of each task's bounded, higher-is-better score; tasks without a labelled sample are left out."""
-    scores = [figures[task.name][task.score_name] for task in tasks if task.name in figures]
-    scores = [score for score in scores if score is not None]
-    return sum(scores) / len(scores) if scores else None
+    """Mean over tasks of each task's bounded, higher-is-better score; None where there are no figures.
+
+    Raises:
+        PluginError: a score is not a number.
+    """
+    if not figures:
+        return None
+    scores = {task.name: figures[task.name][task.score_name] for task in tasks}
+    if bad := [name for name, score in scores.items() if score is None]:
+        raise PluginError(f"the score of {', '.join(bad)} is not a number on this split; it must be bounded, at most 1")
+    return float(sum(scores.values()) / len(scores))

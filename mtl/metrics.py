@@ -6,6 +6,7 @@ Not covered: metrics over several tasks at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -61,16 +62,40 @@ def score_of(task: str, metrics: Iterable[Metric]) -> Metric:
 
 
 class Meter:
-    """The metrics of one task over one split. Nothing leaves the device until `compute`."""
+    """The metrics of one task over one split. Nothing leaves the device until `compute`.
 
-    def __init__(self, metrics: Iterable[Metric], device: torch.device) -> None:
+    Predictions are gathered and handed on in large pieces, because picking the labelled ones, and some metrics, make the host
+    wait for the device: once a split, as a rule, instead of once a batch.
+    """
+
+    def __init__(self, metrics: Iterable[Metric], device: torch.device, gathered: int = 1 << 24) -> None:
         self._metrics = {metric.name: metric.make().to(device) for metric in metrics}
+        self._limit = gathered
+        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._count = 0
 
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add a batch whose labels all exist: predictions as the head gives them, targets (B, ...)."""
-        for metric in self._metrics.values():
-            metric.update(predictions, targets)
+    def update(self, predictions: Tensor, targets: Tensor, valid: Tensor | None) -> None:
+        """Add a batch: predictions as the head gives them, targets (B, ...), and where labels exist (None: everywhere)."""
+        self._parts.append((predictions, targets, valid))
+        self._count += predictions.numel()
+        if self._count >= self._limit:
+            self._flush()
 
-    def compute(self) -> dict[str, float]:
-        """The figures so far."""
-        return {name: float(metric.compute()) for name, metric in self._metrics.items()}
+    def compute(self) -> dict[str, float | None]:
+        """The figures so far; None for one that is not a number."""
+        self._flush()
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    def _flush(self) -> None:
+        if not self._parts:
+            return
+        predictions = torch.cat([part[0] for part in self._parts])
+        targets = torch.cat([part[1] for part in self._parts])
+        if masks := [part[2] for part in self._parts if part[2] is not None]:
+            mask = torch.cat(masks)
+            predictions, targets = predictions[mask], targets[mask]
+        self._parts, self._count = [], 0
+        if len(targets):
+            for metric in self._metrics.values():
+                metric.update(predictions, targets)

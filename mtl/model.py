@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mtl.backbones import Backbone
+from mtl.backbones import Backbone, prepare
 from mtl.errors import ConfigError, PluginError
 from mtl.registry import Plugin
 from mtl.seeding import seeded
@@ -24,6 +24,8 @@ from mtl.standardize import Standardize
 from mtl.task import Task
 from mtl.units import ExchangeUnit
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -32,6 +34,13 @@ class Point:
     name: str
     shape: tuple[int, ...]
     role: str
+
+
+class Outputs(NamedTuple):
+    """Of one forward pass, by task name: what the heads consumed, and what they gave."""
+
+    features: dict[str, Tensor]
+    outputs: dict[str, Tensor]
 
 
 class MultiTaskModel(nn.Module):
@@ -66,9 +75,14 @@ class MultiTaskModel(nn.Module):
         plan = sharing.plan(trunk.points)
         self.stages: list[Stage] = cut(trunk.network, plan.points)
         self.shared_stages = plan.shared
-        self._prepare = trunk.prepare
-        shapes = probe(trunk.network, self.stages, self._prepare(torch.zeros(2, *input_shape)))
+        self._channels = trunk.channels
+        x = prepare(torch.zeros(2, *input_shape), self._channels)
+        shapes = probe(trunk.network, self.stages, x)
         features = shapes[-1]
+        if plan.check is not None:
+            plan.check(
+                len(tasks), {s.point: shape for s, shape in zip(self.stages, shapes, strict=True) if s.point in plan.exchange}
+            )
         self.inputs = nn.ModuleDict(inputs)
         self.trunk = trunk.network if plan.shared else None
         self.towers = nn.ModuleDict()
@@ -88,8 +102,8 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict()
         for task in tasks:
             with seeded(seed, "head", task.name):
-                self.heads[task.name] = task.head.build(features)
-        self._check_exchange(self._prepare(torch.zeros(2, *input_shape)))
+                self.heads[task.name] = _build_head(task, features)
+        self._check_exchange(x)
         self._drop_unused()
         self.points = [
             Point(stage.point, shape, self._role(i)) for i, (stage, shape) in enumerate(zip(self.stages, shapes, strict=True))
@@ -117,11 +131,16 @@ class MultiTaskModel(nn.Module):
                 found = ", ".join(f"{task.name} {shape}" for task, shape in zip(self.tasks, shapes, strict=True))
                 raise ConfigError([f"sharing.points: towers differ in shape at {stage.point!r}: {found}; they cannot exchange"])
             unit = self.units[self._unit_after[i]]
-            mixed = unit(features)
+            try:
+                mixed = list(unit(features))
+            except Exception as error:
+                raise PluginError(
+                    f"{type(unit).__name__} at {stage.point!r} failed: {type(error).__name__}: {error}"
+                ) from error
             if [tuple(f.shape[1:]) for f in mixed] != shapes:
                 found = ", ".join(str(tuple(f.shape[1:])) for f in mixed)
                 raise PluginError(f"{type(unit).__name__} turns {len(shapes)} features of shape {shapes[0]} into {found}")
-            features = list(mixed)
+            features = mixed
         self.train(was_training)
 
     def _drop_unused(self) -> None:
@@ -144,7 +163,7 @@ class MultiTaskModel(nn.Module):
             run once on all images, ordered by dataset name; a tower that shares nothing sees its own dataset alone.
         """
         names = sorted(images)
-        x = [self._prepare(self.inputs[name](images[name])) for name in names]
+        x = [prepare(self.inputs[name](images[name]), self._channels) for name in names]
         sizes = [len(part) for part in x]
         row = {name: slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i, name in enumerate(names)}
         present = self.present(names)
@@ -174,11 +193,14 @@ class MultiTaskModel(nn.Module):
         """The tasks of these datasets, in order."""
         return [task for task in self.tasks if task.dataset in datasets]
 
-    def forward(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Dataset name -> images (B_d, ...); returns task name -> output (B_d, ...)."""
-        features = self.features(images)
-        tasks = self.present(list(images))
-        return {task.name: self.heads[task.name](f) for task, f in zip(tasks, features, strict=True)}
+    def forward(self, images: Mapping[str, Tensor]) -> Outputs:
+        """Dataset name -> images (B_d, ...), in their own dtype; returns features and outputs of the tasks of these datasets.
+
+        Outputs are float32 (or wider) also under autocast: losses and decisions are made in full precision.
+        """
+        features = {task.name: f for task, f in zip(self.present(list(images)), self.features(images), strict=True)}
+        outputs = {name: self.heads[name](f) for name, f in features.items()}
+        return Outputs(features, {name: y.float() if y.dtype in HALF else y for name, y in outputs.items()})
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Everything below the heads: trunk, towers and exchange units."""
@@ -193,16 +215,20 @@ class MultiTaskModel(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+def _build_head(task: Task, features: tuple[int, ...]) -> nn.Module:
+    try:
+        return task.head.build(features)
+    except Exception as error:
+        raise PluginError(
+            f"the head of task {task.name!r} cannot be built on features of shape {features}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def backbone_maker(plugin: Plugin, input_shape: tuple[int, ...], options: object) -> Callable[[], Backbone]:
     """Calls a backbone plugin for one fresh network a time, and checks what it gives."""
 
     def make() -> Backbone:
-        try:
-            made = plugin.create(input_shape, options=options)  # type: ignore[arg-type]
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise PluginError(f"{plugin} failed for samples of shape {input_shape}: {type(error).__name__}: {error}") from error
+        made = plugin.create(input_shape, options=options)  # type: ignore[arg-type]
         if isinstance(made, nn.Module):
             made = Backbone(made)
         if not isinstance(made, Backbone):
@@ -217,7 +243,7 @@ def describe_backbone(plugin: Plugin, input_shape: tuple[int, ...]) -> dict[str,
     made = backbone_maker(plugin, input_shape, None)()
     legal, illegal = legal_points(made.network)
     stages = cut(made.network, ())
-    x = made.prepare(torch.zeros(2, *input_shape))
+    x = prepare(torch.zeros(2, *input_shape), made.channels)
     features = probe(made.network, stages, x)[-1]
     points = []
     for name in legal:

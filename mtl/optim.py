@@ -28,7 +28,8 @@ class OptimConfig(Options):
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD's momentum; beta1 of Adam and AdamW."""
     l2: float = Field(0.0, ge=0)
-    """Adds l2/2 |w|^2 of convolution and fully connected weights to the loss; 1e-5 in the reference protocol."""
+    """Adds l2/2 |w|^2 of convolution and fully connected weights to the loss; 1e-5 in the reference protocol.
+    Logged as `train/loss/l2`; `train/loss/total` is without it."""
     weight_decay: float | None = Field(None, ge=0)
     """Decoupled decay of the same weights (Loshchilov and Hutter 2019), for adamw; null: 0.01 there."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
@@ -103,7 +104,7 @@ def make_schedule(
     if config.schedule == "one_cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
         rise = warmup / steps if warmup else 0.3
-        return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(steps, 2), pct_start=rise)
+        return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(steps, 2), pct_start=rise, cycle_momentum=False)
     after: lr_scheduler.LRScheduler
     if config.schedule == "cosine":
         after = lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps - warmup, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -23,6 +23,9 @@ class Options(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _offer_spelling(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(data, dict):  # YAML's `yes` would pass for 1
+            numbers = {key for key, field in cls.model_fields.items() if _numeric(field.annotation)}
+            data = {k: repr(v) if k in numbers and isinstance(v, bool) else v for k, v in data.items()}
         try:
             return handler(data)
         except ValidationError as error:
@@ -36,6 +39,11 @@ class Options(BaseModel):
         if line["type"] == "extra_forbidden" and len(where) == 1:
             message = unknown("key", str(where[0]), cls.model_fields)
         return _line(line["type"], message, where, line["input"])
+
+
+def _numeric(annotation: Any) -> bool:
+    parts = get_args(annotation) or (annotation,)
+    return any(part is int or part is float for part in parts)
 
 
 def within(name: str, error: ValueError) -> list[InitErrorDetails]:

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtl.errors import PluginError, unknown
+from mtl.errors import MTLError, PluginError, unknown
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -46,10 +46,18 @@ class Plugin:
     origin: str
 
     def create(self, *arguments: Any, options: BaseModel | None = None) -> Any:
-        """Call the factory with the kind's arguments, and the options where the plugin declared a model for them."""
-        if self.options is None:
-            return self.factory(*arguments)
-        return self.factory(*arguments, options if options is not None else self.options())
+        """Call the factory with the kind's arguments, and the options where the plugin declared a model for them.
+
+        Raises:
+            PluginError: the factory raised something other than an error of this framework; with what it raised.
+        """
+        given = () if self.options is None else (options if options is not None else self.options(),)
+        try:
+            return self.factory(*arguments, *given)
+        except MTLError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{self} failed: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r} ({self.origin})"

@@ -69,6 +69,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "device": config.device,
         "device_name": device_name(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "tf32": torch.backends.cudnn.allow_tf32 if device.type == "cuda" else None,  # of fp32 convolutions
         "threads": torch.get_num_threads(),
     }
 

@@ -8,7 +8,7 @@ unit, which this module knows by its interface only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,12 +29,14 @@ class Plan:
         shared: how many of the stages, from the input on, all tasks share; one more than the points: all of them.
         exchange: the points after which towers exchange.
         unit: makes an exchange unit from the number of towers and the shape of one sample's feature.
+        check: complains about units that should not be made, from the number of towers and the shape at each point.
     """
 
     points: tuple[str, ...]
     shared: int = 0
     exchange: tuple[str, ...] = ()
     unit: Callable[[int, tuple[int, ...]], ExchangeUnit] | None = None
+    check: Callable[[int, Mapping[str, tuple[int, ...]]], None] | None = None
 
 
 class Sharing(Options, ABC):
@@ -111,12 +113,23 @@ class Exchange(Sharing):
                     "`mtl backbones NAME` lists the legal ones"
                 ]
             )
-        return Plan(points, exchange=points, unit=self._unit)
+        return Plan(points, exchange=points, unit=self._unit, check=self.check)
 
     @property
     def unit_lr_factor(self) -> float:
         """`lr_multiplier`."""
         return self.lr_multiplier
+
+    def check(self, tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Called once before any unit is made; a unit that may not fit refuses here. Default: nothing.
+
+        Args:
+            tasks: the number of towers.
+            shapes: layer point -> shape of one sample's feature there.
+
+        Raises:
+            ConfigError: what would not work, with figures.
+        """
 
     def _unit(self, tasks: int, shape: tuple[int, ...]) -> ExchangeUnit:
         plugin = UNITS.get(self.kind)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl.errors import MTLError, PluginError
 from mtl.heads import Head
@@ -66,17 +66,25 @@ class Task:
         return (self.loss or self.head.loss)(output, target)
 
 
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that torch modules have a use for: tasks and datasets name modules, and so parameters.
+
+    Raises:
+        PluginError: with a name that would work.
+    """
+    if hasattr(nn.ModuleDict, name):
+        raise PluginError(f"{what} name {name!r} is an attribute of torch modules; call it {name}_{what}, say")
+
+
 def make_task(name: str, options: Options | None = None, weight: float | None = None) -> Task:
     """The registered task `name`, made and validated, with its weight replaced where one is given.
 
     Raises:
         PluginError: unknown, broken, or not giving a `Task`.
     """
+    check_name("task", name)
     plugin = TASKS.get(name)
-    try:
-        task = plugin.create(options=options)
-    except Exception as error:
-        raise PluginError(f"{plugin} failed: {type(error).__name__}: {error}") from error
+    task = plugin.create(options=options)
     if not isinstance(task, Task):
         raise PluginError(f"{plugin} must give an mtl.Task; found {type(task).__name__}")
     return replace(task, name=name, weight=task.weight if weight is None else weight)

@@ -115,12 +115,9 @@ def train_step(run: Run, step: Step) -> Tensor:
     for batches in step:
         of = {batch.dataset: batch for batch in batches}
         with run.autocast():
-            features = model.features({name: batch.images for name, batch in of.items()})
-            outputs = [model.heads[task.name](f) for task, f in zip(tasks, features, strict=True)]
-        losses = torch.stack(
-            [summed_loss(task, y, of[task.dataset]) / n for task, y, n in zip(tasks, outputs, expected, strict=True)]
-        )
-        objective = run.balancer.backward(losses * run.weights, features, run.shared_parameters)
+            features, outputs = model({name: batch.images for name, batch in of.items()})
+        losses = torch.stack([summed_loss(t, outputs[t.name], of[t.dataset]) / n for t, n in zip(tasks, expected, strict=True)])
+        objective = run.balancer.backward(losses * run.weights, list(features.values()), run.shared_parameters)
         total += torch.cat([losses.detach(), objective.reshape(1)])
     run.l2.add_gradients()
     if run.config.optim.clip_norm is not None:
@@ -137,7 +134,18 @@ def expected_labels(run: Run, step: Step) -> list[float]:
     for batches in step:
         for batch in batches:
             size[batch.dataset] = size.get(batch.dataset, 0) + len(batch)
-    return [size[t.dataset] * run.feed.samples[t.dataset].share(t.name) for t in run.model.tasks]
+    return [size[t.dataset] * run.feed.samples[t.dataset].shares[t.name] for t in run.model.tasks]
+
+
+def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
+    """Per task: how many labels this step holds; on the device where some are missing."""
+    counts: list[int | Tensor] = [0] * len(run.model.tasks)
+    for batches in step:
+        of = {batch.dataset: batch for batch in batches}
+        for i, task in enumerate(run.model.tasks):
+            mask = of[task.dataset].valid[task.name]
+            counts[i] = counts[i] + (len(of[task.dataset]) if mask is None else mask.sum())
+    return counts
 
 
 def fit(run: Run) -> RunResult:
@@ -210,12 +218,18 @@ def train_and_validate(run: Run, state: State) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """What an epoch of training came to: mean losses are those of each task and, last, of the objective."""
+    """What an epoch of training came to.
+
+    `losses` are the means of each task's and, last, of the objective; `labels` how many each task learned from; `rates` the
+    learning rate of each parameter group at the last step.
+    """
 
     steps: int
     images: int
     seconds: float
     losses: list[float]
+    labels: list[int]
+    rates: dict[str, float]
 
     @property
     def images_per_second(self) -> float:
@@ -229,20 +243,24 @@ def train_epoch(run: Run, epoch: int, most: int = sys.maxsize) -> Trained:
     started = time.monotonic()
     images = done = 0
     sums = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
+    labels: list[int | Tensor] = [0] * len(run.model.tasks)
+    rates: dict[str, float] = {}
     run.progress.begin(epoch, run.config.epochs, min(most, run.feed.steps_per_epoch))
     for step in itertools.islice(run.feed.epoch(epoch), most):
-        sums += train_step(run, step)
-        done += 1
-        images += sum(len(batch) for batches in step for batch in batches)
+        rates = {group["name"]: float(group["lr"]) for group in run.optimizer.param_groups}
+        size = sum(len(batch) for batches in step for batch in batches)
+        sums += size * train_step(run, step)
+        labels = [a + b for a, b in zip(labels, seen_labels(run, step), strict=True)]
+        done, images = done + 1, images + size
         live = None
         if run.progress.due():
-            means = (sums / done).tolist()
+            means = (sums / images).tolist()
             live = {task.name: value for task, value in zip(run.model.tasks, means, strict=False)}
             live["images/s"] = images / (time.monotonic() - started)
             run.progress.shown()
         run.progress.step(done, live)
-    losses = (sums / done).tolist()
-    return Trained(done, images, time.monotonic() - started, losses)
+    losses = (sums / images).tolist()
+    return Trained(done, images, time.monotonic() - started, losses, [int(n) for n in labels], rates)
 
 
 def check_finite(run: Run, state: State, losses: Mapping[str, float | None]) -> None:
@@ -281,13 +299,12 @@ def log_epoch(run: Run, state: State, trained: Trained, figures: Mapping[str, Ta
         values |= {f"val/{name}/{metric}": v for metric, v in of_task.items() if metric != "n" and v is not None}
     if score is not None:
         values["val/score"] = score
-    values |= {f"lr/{group['name']}": float(group["lr"]) for group in run.optimizer.param_groups}
+    values |= {f"lr/{group}": rate for group, rate in trained.rates.items()}
     values["time/images_per_second"] = trained.images_per_second
     run.tracker.scalars(values, state.steps)
     when = {"epoch": state.epoch, "step": state.steps}
     rows: list[dict[str, Any]] = []
-    for task, loss in zip(run.model.tasks, trained.losses, strict=False):
-        n = run.feed.samples[task.dataset].labelled[task.name]
+    for task, n, loss in zip(run.model.tasks, trained.labels, trained.losses, strict=False):
         rows.append({**when, "split": "train", "task": task.name, "n": n, "loss": loss})
     rows += [{**when, "split": "val", "task": name, **of_task} for name, of_task in figures.items()]
     run.rows.write(rows)

@@ -82,7 +82,7 @@ def test_labels_that_are_masked_out_may_be_anything() -> None:
     assert part.targets["tiny_b"].tolist() == [0, 1, 0, 0, 0, 1]
     assert part.valid["tiny_b"].tolist() == valid["b"].tolist()
     assert part.valid["tiny_a"] is None
-    assert part.share("tiny_b") == pytest.approx(4 / 6)
+    assert part.shares["tiny_b"] == pytest.approx(4 / 6)
 
 
 def test_plugin_failures_are_reported_with_the_plugin() -> None:
@@ -138,7 +138,7 @@ def test_own_validation_split_and_no_test_split() -> None:
 
 def samples(n: int, shape: tuple[int, ...] = (1, 2, 2), name: str = "d") -> Samples:
     images = torch.arange(n, dtype=torch.float32).view(-1, *[1] * len(shape)).expand(n, *shape).contiguous()
-    return Samples(name, images, {"t": torch.arange(n)}, {"t": None}, {"t": n})
+    return Samples(name, images, {"t": torch.arange(n)}, {"t": None}, {"t": n}, {"t": 1.0})
 
 
 @given(count=st.integers(1, 200), batch_size=st.integers(2, 50))
@@ -248,7 +248,7 @@ def test_standardisation_matches_the_training_split(kind: str, axes: tuple[int, 
     images = torch.randint(0, 255, (5000, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 0, 0, 0] = 7
     images[:, 1] //= 4
-    part = Samples("d", images, {}, {}, {})
+    part = Samples("d", images, {}, {}, {}, {})
     module = Standardize(part.shape, kind)
     module.fit(part)
     y = module(images)
@@ -265,7 +265,7 @@ def test_standardisation_matches_the_training_split(kind: str, axes: tuple[int, 
 def test_standardisation_of_floats_and_none() -> None:
     x = torch.randn(100, 5) * 3 + 2
     x[:, 2] = 4
-    part = Samples("d", x, {}, {}, {})
+    part = Samples("d", x, {}, {}, {}, {})
     module = Standardize((5,), "channel")
     module.fit(part)
     y = module(x)

@@ -49,7 +49,7 @@ def test_identity_stitch_equals_unshared(tasks: int, granularity: str) -> None:
     results = []
     for model in (alone, stitched):
         model.train()
-        outputs = model({"d": images()})
+        outputs = model({"d": images()}).outputs
         sum(output.square().sum() for output in outputs.values()).backward()  # type: ignore[union-attr]
         results.append(outputs)
     for name in results[0]:
@@ -74,7 +74,7 @@ def test_permuting_tasks_permutes_outputs(sharing: Sharing) -> None:
     one, other = make(sharing, [0, 1, 2]), make(sharing, [2, 0, 1])
     for model in (one, other):
         model.eval()
-    a, b = one({"d": images()}), other({"d": images()})
+    a, b = one({"d": images()}).outputs, other({"d": images()}).outputs
     assert list(a) != list(b)
     for name in a:
         torch.testing.assert_close(a[name], b[name])
@@ -109,7 +109,7 @@ def test_split_runs_from_unshared_to_hard_shared() -> None:
     counts = []
     for sharing in kinds:
         model = make(sharing, 3)
-        sum(output.sum() for output in model({"d": images()}).values()).backward()  # type: ignore[union-attr]
+        sum(output.sum() for output in model({"d": images()}).outputs.values()).backward()  # type: ignore[union-attr]
         assert all(p.grad is not None for p in model.parameters()), sharing
         counts.append(model.parameter_count())
     assert counts[0] == counts[1]  # only dropout, which has no parameters, comes after fc3
@@ -123,7 +123,7 @@ def test_split_at_a_point_not_listed_and_resnet_parts() -> None:
     towers = {name.split(".")[2] for name in model.state_dict() if name.startswith("towers.")}
     assert top == {"conv1", "bn1", "layer1", "layer2"}
     assert towers == {"layer3", "layer4"}
-    assert model({"d": images()})["t0"].shape == (6, 3)
+    assert model({"d": images()}).outputs["t0"].shape == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_two_datasets(sharing: Sharing) -> None:
     model = make(sharing, 3, datasets=("b", "a"))
     model.eval()
     x = {"a": images(5, 1), "b": images(3, 2)}
-    together = model(x)
+    together = model(x).outputs
     assert {name: len(y) for name, y in together.items()} == {"t0": 3, "t1": 5, "t2": 3}
     for name, dataset in (("t0", "b"), ("t1", "a"), ("t2", "b")):
-        torch.testing.assert_close(model({dataset: x[dataset]})[name], together[name])
+        torch.testing.assert_close(model({dataset: x[dataset]}).outputs[name], together[name])
 
 
 def test_unshared_towers_do_not_see_other_datasets() -> None:
@@ -146,7 +146,7 @@ def test_unshared_towers_do_not_see_other_datasets() -> None:
     for seed in (1, 2):
         model = make(mtl.Unshared(), 2, datasets=("b", "a"))
         model.train()
-        outputs = model({"a": images(5, seed), "b": images(4, 9)})
+        outputs = model({"a": images(5, seed), "b": images(4, 9)}).outputs
         sum(output.square().sum() for output in outputs.values()).backward()  # type: ignore[union-attr]
         gradients.append([p.grad.clone() for name, p in model.named_parameters() if ".t0." in name])  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -173,7 +173,7 @@ def test_sharing_needs_points_where_the_backbone_declares_none() -> None:
 
     with pytest.raises(mtl.ConfigError, match=r"needs layer points to exchange at, and the backbone declares none"):
         make(mtl.CrossStitch(), 2, "bare_network")
-    assert make(mtl.CrossStitch(points=("1",)), 2, "bare_network")({"d": images()})["t0"].shape == (6, 3)
+    assert make(mtl.CrossStitch(points=("1",)), 2, "bare_network")({"d": images()}).outputs["t0"].shape == (6, 3)
 
 
 def test_a_unit_of_ones_own() -> None:

@@ -63,7 +63,7 @@ def test_the_objective_is_the_weighted_sum(ready: Callable[..., Run]) -> None:
     run = ready(tasks=["tiny_a", {"name": "tiny_b", "weight": 3.0}, "tiny_c"], backbone={"name": "small_cnn", "dropout": 0})
     (batch,) = (step := next(run.feed.epoch(1)))[0]
     run.model.train()
-    outputs = run.model({"tiny": batch.images})
+    outputs = run.model({"tiny": batch.images}).outputs
     by_hand = [F.cross_entropy(outputs[name], batch.targets[name]) for name in ("tiny_a", "tiny_b", "tiny_c")]
     losses = train_step(run, step)
     torch.testing.assert_close(losses[:3], torch.stack(by_hand).detach())
@@ -109,7 +109,7 @@ def test_normalisation_is_by_the_labelled_share_of_training(ready: Callable[...,
     data = {"validation": 12, "datasets": {"tiny": {"labelled": 0.5}}}
     run = ready(data=data)
     part = run.feed.samples["tiny"]
-    share = part.share("tiny_b")
+    share = part.shares["tiny_b"]
     assert 0.3 < share < 0.7
     step = next(run.feed.epoch(1))
     assert expected_labels(run, step) == [16, 16 * share]
@@ -218,7 +218,7 @@ def test_overfits_a_batch(ready: Callable[..., Run], sharing: Any, balancer: str
     for _ in range(60):
         losses = train_step(run, step)
     assert losses[:2].max() < 0.05
-    outputs = run.model({"tiny": step[0][0].images})
+    outputs = run.model({"tiny": step[0][0].images}).outputs
     for task in run.model.tasks:
         assert torch.equal(outputs[task.name].argmax(1), step[0][0].targets[task.name])
 
@@ -306,7 +306,7 @@ def test_metrics_count_labelled_samples_only(ready: Callable[..., Run]) -> None:
     figures = evaluate(run.model, run.samples[Split.TEST], 8, run.autocast)
     part = run.samples[Split.TEST]["tiny"]
     run.model.eval()
-    right = run.model({"tiny": part.images})["tiny_b"].argmax(1) == part.targets["tiny_b"]
+    right = run.model({"tiny": part.images}).outputs["tiny_b"].argmax(1) == part.targets["tiny_b"]
     mask = part.valid["tiny_b"]
     assert mask is not None
     assert figures["tiny_b"]["n"] == int(mask.sum()) < 24

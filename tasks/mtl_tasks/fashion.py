@@ -36,11 +36,12 @@ def _read(root: Path, train: bool):  # type: ignore[no-untyped-def]
     from torchvision.datasets import FashionMNIST
 
     try:
-        data = FashionMNIST(root, train=train, download=True)
-    except PermissionError:  # a read-only folder holds the archives only: unpack a copy elsewhere
-        with tempfile.TemporaryDirectory() as copy:
-            shutil.copytree(Path(root) / "FashionMNIST", Path(copy) / "FashionMNIST")
-            data = FashionMNIST(copy, train=train, download=True)
+        try:
+            data = FashionMNIST(root, train=train, download=True)
+        except PermissionError:  # a read-only folder holds the archives only: unpack a copy elsewhere
+            with tempfile.TemporaryDirectory() as copy:
+                shutil.copytree(Path(root) / "FashionMNIST", Path(copy) / "FashionMNIST")
+                data = FashionMNIST(copy, train=train, download=True)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise mtl.DataError(
