@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtl.balancing import Balancer
 from mtl.batches import Feed
 from mtl.checkpoint import load_weights
-from mtl.config import Choice, RunConfig, load
+from mtl.choices import Choice
+from mtl.config import RunConfig, load
 from mtl.data import Samples, Split, data_root, load_splits
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
@@ -44,6 +45,8 @@ def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progre
     Raises:
         MTLError: anything a user can mend. Nothing already written is overwritten.
     """
+    if not isinstance(config, RunConfig):
+        raise ConfigError([f"mtl.train takes an mtl.RunConfig, as mtl.load_config gives; found {type(config).__name__}"])
     return fit(run(config, run_dir, progress))
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
     ValidationError,
@@ -27,98 +24,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
 
 from mtl.batches import Augment
-from mtl.errors import ConfigError, MTLError, unknown
+from mtl.choices import CHOICE, Choice, Registered, choose_sharing, dataset_options, with_choices
+from mtl.errors import ConfigError
 from mtl.optim import OptimConfig
 from mtl.options import Options, problems, within
-from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Plugin, Registry
-from mtl.sharing import STRUCTURAL, Sharing, Unshared, kinds, model_of
-
-CHOICE = "x-choice"
-"""Stands in a JSON schema for a reference to what is registered, until `json_schema` knows that."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A registered name and its options (None: the plugin takes none)."""
-
-    name: str
-    options: BaseModel | None = None
-    weight: float | None = None
-
-    def dump(self) -> Any:
-        """As it stands in a config: the bare name where that says all."""
-        rest = self.options.model_dump(mode="json") if self.options else {}
-        if self.weight is not None:
-            rest["weight"] = self.weight
-        return {"name": self.name, **rest} if rest else self.name
-
-
-class _Entry(Options):
-    """What every mapping for a task may hold beside the task's own options."""
-
-    weight: float | None = Field(None, gt=0)
-
-
-def _choose(registry: Registry, value: Any) -> Choice:
-    if isinstance(value, Choice) and value.options is not None:
-        return value
-    if isinstance(value, Choice):
-        value = value.dump()
-    given = {"name": value} if isinstance(value, str) else value
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise ValueError(f"must be a name, or a mapping with a name; found {value!r}")
-    given = dict(given)
-    name = given.pop("name")
-    entry = _Entry.model_validate({"weight": given.pop("weight", None) if registry is TASKS else None})
-    try:
-        plugin = registry.get(name)
-    except MTLError as error:
-        raise ValueError(str(error)) from error
-    own = ["name", *(["weight"] if registry is TASKS else [])]
-    return Choice(name, _options(plugin, given, own), entry.weight)
-
-
-def _options(plugin: Plugin, given: Any, own: Sequence[str] = ()) -> BaseModel | None:
-    """The options of a plugin from a mapping; `own` are the keys that may stand beside them."""
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"the options of {plugin.name!r} are a mapping of keys; found {given!r}")
-    if plugin.options is not None:
-        return plugin.options.model_validate(given or {})
-    if given:
-        raise ValueError(f"{plugin.name!r} takes no options of its own: {unknown('key', str(next(iter(given))), own)}")
-    return None
-
-
-def _share(value: Any) -> Sharing:
-    if isinstance(value, Sharing):
-        return value
-    given = {"kind": value} if isinstance(value, str) else value
-    if not isinstance(given, Mapping) or "kind" not in given:
-        raise ValueError(f"must be a kind, or a mapping with a kind; found {value!r}; kinds: {', '.join(kinds())}")
-    try:
-        model = model_of(given["kind"])
-    except MTLError as error:
-        raise ValueError(str(error)) from error
-    return model.model_validate(given)
-
-
-@dataclass(frozen=True)
-class Registered:
-    """Annotation of a `Choice` field: which registry its name is looked up in."""
-
-    registry: Registry
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            lambda value: _choose(self.registry, value),
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.dump()),
-        )
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {CHOICE: self.registry.word}
+from mtl.registry import BACKBONES, BALANCERS, TASKS
+from mtl.sharing import Sharing, Unshared
 
 
 class DataConfig(Options):
@@ -150,22 +63,12 @@ class DataConfig(Options):
         options, wrong = {}, []
         for name, given in value.items():
             try:
-                options[name] = _dataset_options(name, given)
+                options[name] = dataset_options(name, given)
             except ValueError as error:
                 wrong += within(name, error)
         if wrong:
             raise ValidationError.from_exception_data("datasets", wrong)
         return options
-
-
-def _dataset_options(name: str, given: Any) -> BaseModel | None:
-    if isinstance(given, BaseModel):
-        return given
-    try:
-        plugin = DATASETS.get(name)
-    except MTLError as error:
-        raise ValueError(str(error)) from error
-    return _options(plugin, given)
 
 
 class RunConfig(Options):
@@ -181,7 +84,7 @@ class RunConfig(Options):
     """The network that each tower is."""
     sharing: Annotated[
         Sharing,
-        PlainValidator(_share),
+        PlainValidator(choose_sharing),
         PlainSerializer(lambda sharing: sharing.model_dump(mode="json")),
         WithJsonSchema({CHOICE: "sharing"}),
     ] = Unshared()
@@ -212,6 +115,18 @@ class RunConfig(Options):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(problems(error)) from None
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _one_task(cls, tasks: Any) -> Any:
+        return [tasks] if isinstance(tasks, str) else tasks
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?", device):
+            raise ValueError(f"must be auto, cpu, cuda, cuda:N, xpu or mps; found {device!r}")
+        return device
 
     @field_validator("tasks")
     @classmethod
@@ -258,7 +173,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number of an impossible form
-        raise ConfigError([" ".join(str(error).split())], source=str(path)) from None
+        raise ConfigError([_flat(error)], source=str(path)) from None
+    if tree is None:
+        raise ConfigError(["the file is empty"], source=str(path))
     if not isinstance(tree, dict):
         raise ConfigError([f"a config is a mapping of keys; found {type(tree).__name__}"], source=str(path))
     return from_tree(override(tree, overrides), source=str(path))
@@ -296,7 +213,7 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
         try:
             _set(result, key, yaml.load(raw, Loader=_StrictLoader))
         except (yaml.YAMLError, ValueError) as error:
-            wrong.append(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}")
+            wrong.append(f"override {text!r}: the value is not YAML: {_flat(error)}")
         except ConfigError as error:
             wrong += error.problems
     if wrong:
@@ -339,56 +256,7 @@ def _item(node: list[Any], part: str, key: str) -> Any:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a config with everything that is registered and loads, for editors."""
-    schema: dict[str, Any] = _referring(RunConfig.model_json_schema())
-    definitions = schema.setdefault("$defs", {})
-    for registry in (TASKS, BACKBONES, BALANCERS):
-        extra = {"weight": {"type": "number", "exclusiveMinimum": 0}} if registry is TASKS else {}
-        models = {name: plugin.options for name in registry.names() if (plugin := _loadable(registry, name))}
-        definitions[registry.word] = _alternatives("name", models, extra, definitions)
-    sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
-    definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
-    return schema
-
-
-def _referring(schema: Any) -> Any:
-    """`schema` with every placeholder for what is registered replaced by a reference."""
-    if isinstance(schema, list):
-        return [_referring(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    result = {key: _referring(part) for key, part in schema.items() if key != CHOICE}
-    return {**result, "$ref": f"#/$defs/{schema[CHOICE]}"} if CHOICE in schema else result
-
-
-def _loadable(registry: Registry, name: str) -> Plugin | None:
-    try:
-        return registry.get(name)
-    except MTLError:
-        return None  # a broken plugin hurts only those who name it
-
-
-def _loadable_sharing(name: str) -> type[Sharing] | None:
-    try:
-        return STRUCTURAL.get(name) or model_of(name)
-    except MTLError:
-        return None
-
-
-def _alternatives(
-    key: str, models: Mapping[str, type[BaseModel] | None], extra: Mapping[str, Any], definitions: dict[str, Any]
-) -> dict[str, Any]:
-    """A bare name, or a mapping per plugin; what their schemas define is hoisted into `definitions`."""
-    mappings: list[dict[str, Any]] = []
-    for name, model in models.items():
-        keys: dict[str, Any] = {"type": "object", "properties": {}}
-        if model is not None:
-            keys = model.model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(keys.pop("$defs", {}))
-        keys["properties"] = {**keys["properties"], key: {"const": name}, **extra}
-        keys["required"] = [key, *(k for k in keys.get("required", []) if k != key)]
-        keys["additionalProperties"] = False
-        mappings.append(keys)
-    return {"anyOf": [{"enum": sorted(models)}, *mappings]}
+    return with_choices(RunConfig.model_json_schema())
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -402,6 +270,11 @@ class _StrictLoader(yaml.SafeLoader):
         if odd := [key for key in made if not isinstance(key, str)]:
             raise yaml.constructor.ConstructorError(None, None, f"key {odd[0]!r} is not a string", node.start_mark)
         return made
+
+
+def _flat(error: Exception) -> str:
+    """A YAML error in one line, without the name that YAML gives to text."""
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def _reason(error: Exception) -> str:

@@ -48,6 +48,8 @@ class ArrayDataset:
 
     def __init__(self, images: Any, labels: Mapping[str, Any], valid: Mapping[str, Any] | None = None) -> None:
         self.images = _images(images)
+        if not isinstance(labels, Mapping):
+            raise DataError(f"labels must map target names to arrays, as in {{'digit': y}}; found {type(labels).__name__}")
         self.labels = {name: _tensor(value, f"labels[{name!r}]") for name, value in labels.items()}
         self.valid: dict[str, Tensor] = {}
         for name, value in (valid or {}).items():
@@ -140,6 +142,7 @@ def load_splits(
     if Split.TRAIN in splits or (carve and Split.VAL in splits):
         parts[Split.TRAIN] = _load(plugin, Split.TRAIN, root, options)
         if carve:
+            _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, "cpu")  # whole, so that positions are the plugin's own
             parts[Split.TRAIN], parts[Split.VAL] = _carve(name, parts[Split.TRAIN], validation, split_seed)
     if validation and not carve and Split.VAL in splits:
         parts[Split.VAL] = _load(plugin, Split.VAL, root, options)
@@ -158,12 +161,15 @@ def _load(plugin: Plugin, split: Split, root: Path, options: Options | None) -> 
         raise DataError(f"{plugin}: " + unknown("split", split, plugin.details["splits"]))
     try:
         data = plugin.create(split, root, options=options)
-    except PluginError:
-        raise
+    except PluginError as error:
+        raise PluginError(f"{split} split: {error}") from error
     except MTLError as error:
         raise DataError(f"dataset {plugin.name!r}, {split} split: {error}") from error
     if not isinstance(data, ArrayDataset):
-        raise PluginError(f"{plugin} must give an mtl.ArrayDataset; found {type(data).__name__}")
+        raise PluginError(
+            f"{plugin} must give an mtl.ArrayDataset for the {split} split; found {type(data).__name__}; a dataset without "
+            "that split leaves it out of register_dataset(..., splits=(...))"
+        )
     return data
 
 
@@ -225,7 +231,7 @@ def _images(images: Any) -> Tensor:
         raise DataError(f"images must be (N, C, H, W), (N, H, W) or (N, D); found shape {tuple(x.shape)}")
     if not (x.dtype == torch.uint8 or x.is_floating_point()):
         raise DataError(f"images must be uint8 or floating point; found {x.dtype}; convert them with .astype('uint8')")
-    if x.ndim == 4 and x.shape[1] > 16 and x.shape[3] <= 4:
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] > 4 and x.shape[2] > 4:
         raise DataError(f"images look like (N, H, W, C), shape {tuple(x.shape)}; give (N, C, H, W), as torch has it")
     if x.is_floating_point() and not bool(x.isfinite().all()):
         first = int((~x.flatten(1).isfinite()).any(1).nonzero()[0])
@@ -239,6 +245,8 @@ def _writable(value: Any) -> NDArray[Any]:
 
 
 def _tensor(value: Any, what: str) -> Tensor:
+    if not isinstance(value, Tensor) and np.asarray(value).dtype.kind in "USO":
+        raise DataError(f"{what} must be numbers; found {np.asarray(value).dtype}; give each name its number, 0 to C-1")
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_writable(value))
     except (TypeError, ValueError) as error:

@@ -88,9 +88,11 @@ class Classification(Head):
     classes: Sequence[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
-            raise MTLError(f"Classification(classes=...) takes a sequence of names; found {self.classes!r}")
-        object.__setattr__(self, "classes", tuple(self.classes))
+        if isinstance(self.classes, str) or not isinstance(self.classes, Sequence):
+            raise MTLError(
+                f"Classification(classes=...) takes a sequence of names, as in ('even', 'odd'); found {self.classes!r}"
+            )
+        object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise MTLError(f"Classification needs two or more different class names; found {list(self.classes)}")
 

@@ -84,7 +84,7 @@ class Meter:
     def compute(self) -> dict[str, float | None]:
         """The figures so far; None for one that is not a number."""
         self._flush()
-        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        values = {name: round(float(metric.compute()), 7) for name, metric in self._metrics.items()}  # they come as float32
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def _flush(self) -> None:

@@ -100,6 +100,8 @@ class Registry:
         Raises:
             PluginError: an illegal name, a factory that cannot be called as this kind is, or an unknown declaration.
         """
+        if callable(name):
+            raise PluginError(f"register a {self.kind} under a name: @mtl.register_{self.word}('...')")
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise PluginError(
                 f"illegal {self.kind} name {name!r}: use letters, digits and underscores, beginning with a letter"
@@ -144,7 +146,8 @@ class Registry:
         """
         points = _entry_points(self.group).get(name, [])
         if not points and name not in self._claims:
-            raise PluginError(unknown(self.kind, name, self.names()))
+            message = unknown(self.kind, name, self.names())
+            raise PluginError(message if "did you mean" in message else f"{message}; --plugin FILE.py adds those of a file")
         if len(points) > 1:
             raise self._rivalry(name, [_describe(p) for p in points])
         for point in points:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mtl.errors import ConfigError, PluginError, unknown
 from mtl.options import Options
@@ -47,6 +47,11 @@ class Sharing(Options, ABC):
     points: tuple[str, ...] | None = None
     """Layer points at which the backbone is cut, in execution order; null: the backbone's own. Kinds that exchange nothing
     check the names and do no more with them, so that one config can be run with several kinds."""
+
+    @field_validator("points", mode="before")
+    @classmethod
+    def _one_point(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @abstractmethod
     def plan(self, declared: Sequence[str]) -> Plan:
@@ -84,7 +89,7 @@ class SplitAt(Sharing):
 
     kind: Literal["split"] = "split"
     at: str
-    """The last layer point of the shared trunk."""
+    """The last layer point of the shared trunk, such as pool1; `mtl backbones NAME` lists a backbone's."""
 
     def plan(self, declared: Sequence[str]) -> Plan:
         """The stages up to `at` shared."""
@@ -107,10 +112,11 @@ class Exchange(Sharing):
         """Nothing shared; exchange after every point."""
         points = self.points if self.points is not None else tuple(declared)
         if not points:
+            why = "the backbone declares none" if self.points is None else "the list is empty"
             raise ConfigError(
                 [
-                    f"sharing.points: {self.kind!r} needs layer points to exchange at, and the backbone declares none; "
-                    "`mtl backbones NAME` lists the legal ones"
+                    f"sharing.points: {self.kind!r} needs layer points to exchange at, and {why}; `mtl backbones NAME` lists "
+                    "the legal ones"
                 ]
             )
         return Plan(points, exchange=points, unit=self._unit, check=self.check)

@@ -70,7 +70,7 @@ class CutError(ConfigError):
     """A network that cannot be cut at these layer points, and why."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__([reason], source="sharing.points")
+        super().__init__([reason], source="layer points")
 
 
 def cut(network: nn.Module, points: Sequence[str]) -> list[Stage]:

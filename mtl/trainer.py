@@ -156,6 +156,7 @@ def fit(run: Run) -> RunResult:
     """
     config, state, started = run.config, State(), time.monotonic()
     with run.progress, closing(run.tracker), seeded(config.seed, "training"):
+        run.progress.line(opening_line(run))
         log_exchange(run, state.steps, pictures=True)
         try:
             while not finished(run, state):
@@ -324,6 +325,16 @@ def log_exchange(run: Run, step: int, pictures: bool) -> None:
             run.tracker.image(
                 f"stitch/{point}", draw_coupling(matrix, names, f"{unit.coupling_label}\n{point}, step {step}"), step
             )
+
+
+def opening_line(run: Run) -> str:
+    """What is about to be trained, in one line."""
+    config, model = run.config, run.model
+    count = sum(len(part) for part in run.samples[Split.TRAIN].values())
+    return (
+        f"{config.sharing.kind}: {len(model.tasks)} tasks, {model.parameter_count():,} parameters, {count:,} training images, "
+        f"{config.device} {config.precision}, seed {config.seed}, {run.directory}"
+    )
 
 
 def summary_line(run: Run, epoch: int, trained: Trained, figures: Mapping[str, TaskFigures], score: float | None) -> str:

@@ -355,7 +355,7 @@ def test_missing_file_names_the_configs_there(tmp_path: Path) -> None:
         load(tmp_path / "no_such_folder" / "a.yaml")
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- tasks\n", "list"), ("tasks", "str"), ("3", "int")])
+@pytest.mark.parametrize(("text", "kind"), [("- tasks\n", "list"), ("tasks", "str"), ("3", "int")])
 def test_file_that_is_no_mapping(tmp_path: Path, text: str, kind: str) -> None:
     with pytest.raises(mtl.ConfigError, match=f"mapping of keys; found {kind}"):
         load(write(tmp_path, text))
@@ -617,3 +617,30 @@ def test_plugin_options_reach_the_schema(schema: dict[str, Any]) -> None:
         rule for rule in schema["$defs"]["task"]["anyOf"] if rule.get("properties", {}).get("name") == {"const": "tiny_a"}
     ]
     assert set(rule["properties"]) == {"name", "weight"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs=true", "epochs: Input should be a valid integer"),
+        ("data.validation=yes", "data.validation"),
+        ("seed=2024-13-45", "is not YAML"),
+        ("seed=0x_", "is not YAML"),
+        ("patience=3 data.validation=0", "patience=3 waits for a validation score"),
+    ],
+)
+def test_values_that_yaml_makes_something_else_of(text: str, message: str) -> None:
+    with pytest.raises(mtl.ConfigError, match=message):
+        from_tree(override({"tasks": ["tiny_a"]}, text.split()))
+
+
+def test_positions_in_a_list_of_nothing() -> None:
+    with pytest.raises(mtl.ConfigError):
+        from_tree(override({"tasks": [None]}, ["tasks.0.weight=2"]))
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("# nothing but a comment\n")
+    with pytest.raises(mtl.ConfigError, match="the file is empty"):
+        mtl.load_config(path)

@@ -94,9 +94,9 @@ def test_plugin_failures_are_reported_with_the_plugin() -> None:
     def gives_a_list(split: mtl.Split, root: Path) -> Any:
         return [1, 2]
 
-    with pytest.raises(mtl.PluginError, match=r"'raises_inside' \(.*test_data.py\) failed on the train split: KeyError"):
+    with pytest.raises(mtl.PluginError, match=r"train split: dataset 'raises_inside' \(.*test_data.py\) failed: KeyError"):
         load("raises_inside")
-    with pytest.raises(mtl.PluginError, match=r"must give an mtl.ArrayDataset; found list"):
+    with pytest.raises(mtl.PluginError, match=r"must give an mtl.ArrayDataset for the train split; found list"):
         load("gives_a_list")
 
 
@@ -181,6 +181,42 @@ def test_a_smaller_dataset_repeats_in_fresh_passes() -> None:
     for k in range(3):
         assert sorted(seen[6 * k : 6 * k + 6]) == list(range(6))
     assert seen[:6] != seen[6:12]
+
+
+def test_augmentation_differs_in_every_pass_over_a_smaller_dataset() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small = Samples("a", torch.rand(4, 1, 9, 9, generator=generator), {"t": torch.arange(4)}, {"t": None}, {"t": 4}, {"t": 1.0})
+    feed = Feed({"a": small, "z": samples(64, (1, 9, 9), "z")}, 16, 1, seed=0, augment=Augment(crop=3, flip=True))
+    views: dict[int, set[bytes]] = {i: set() for i in range(4)}
+    for step in feed.epoch(1):
+        batch = step[0][0]
+        for i, image in zip(batch.targets["t"].tolist(), batch.images, strict=True):
+            views[i].add(image.numpy().tobytes())
+    assert min(len(seen) for seen in views.values()) > 8
+
+
+def test_a_split_without_a_label_cannot_be_scored() -> None:
+    labels, some = GOOD, np.array([True] * 6)
+
+    @mtl.register_dataset("unlabelled_test")
+    def unlabelled_test(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        return mtl.ArrayDataset(IMAGES, labels, valid={"b": some if split == "train" else ~some})
+
+    with pytest.raises(mtl.DataError, match=r"'unlabelled_test', test split, task 'tiny_b': no sample is labelled"):
+        load("unlabelled_test")
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32, np.int8, bool, list])
+def test_labels_of_any_integer_kind(kind: Any) -> None:
+    values = (np.arange(6) % 2).tolist() if kind is list else (np.arange(6) % 2).astype(kind)
+    part = load(register("kinds_of_integers", labels={**GOOD, "b": values}))[mtl.Split.TRAIN]
+    assert part.targets["tiny_b"].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_read_only_arrays_are_taken() -> None:
+    images, labels = np.broadcast_to(IMAGES[0], (6, 8, 8)), np.broadcast_to(GOOD["a"], (6,))
+    labels.flags.writeable = False
+    assert len(load(register("read_only", images=images, labels={**GOOD, "a": labels}))[mtl.Split.TRAIN]) == 6
 
 
 def test_evaluation_order_and_slices() -> None:

@@ -72,6 +72,15 @@ def test_a_folder_without_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest
         fashion_mnist(mtl.Split.TRAIN, tmp_path)
 
 
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder in which nobody can write")
+def test_a_folder_that_cannot_be_written_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(mtl.DataError, match=r"neither under '/sys' nor can it be downloaded"):
+        fashion_mnist(mtl.Split.TRAIN, Path("/sys"))
+
+
 def test_shapes_are_deterministic_and_depend_on_the_seed() -> None:
     options = ShapesOptions(train=50, test=20)
     a, b = (shapes(mtl.Split.TRAIN, Path(), options) for _ in range(2))

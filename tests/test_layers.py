@@ -33,6 +33,7 @@ RANK = {
     "heads": 2,
     "optim": 2,
     "sharing": 2,
+    "choices": 3,
     "cross_stitch": 3,
     "task": 3,
     "data": 4,

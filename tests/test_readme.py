@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -33,9 +34,21 @@ def test_paths_in_the_readme_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_python_snippet_runs(in_tmp: Path) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    Path("snippet.py").write_text(snippet)
+def test_the_python_snippets_run(in_tmp: Path) -> None:
+    """The first as a program, the second beside it as the plugin it shows; what they register trains together."""
+    program, plugins = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    Path("snippet.py").write_text(program)
+    Path("plugins.py").write_text(plugins)
+    Path("config.yaml").write_text(
+        "{tasks: [digits_digit, digits_parity], backbone: tiny_net, sharing: average, balancer: worst_first, "
+        "data: {validation: 0.1}, epochs: 1, device: cpu}"
+    )
+    files = ["--plugin", "snippet.py", "--plugin", "plugins.py"]
+    command = [sys.executable, "-m", "mtl", "train", "config.yaml", *files, "--json", "--run-dir", "with_plugins"]
+    trained = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["sharing"] == "average"
+    assert sorted(path.name for path in in_tmp.iterdir() if path.is_dir()) == ["with_plugins"]
     done = subprocess.run([sys.executable, "-W", "error", "snippet.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     score, run_dir = done.stdout.split()

@@ -1,0 +1,177 @@
+"""Choices in a config: a registered name with its options, looked up and validated while the config is.
+
+So a misspelt task and a misspelt key are reported together. The sections that are choices are open: what they may hold depends
+on what is registered, which is also how their JSON schema is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from mtl.errors import MTLError, unknown
+from mtl.options import Options
+from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Plugin, Registry
+from mtl.sharing import STRUCTURAL, Sharing, kinds, model_of
+
+CHOICE = "x-choice"
+"""Stands in a JSON schema for a reference to what is registered, until `json_schema` knows that."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A registered name and its options (None: the plugin takes none)."""
+
+    name: str
+    options: BaseModel | None = None
+    weight: float | None = None
+
+    def dump(self) -> Any:
+        """As it stands in a config: the bare name where that says all."""
+        rest = self.options.model_dump(mode="json") if self.options else {}
+        if self.weight is not None:
+            rest["weight"] = self.weight
+        return {"name": self.name, **rest} if rest else self.name
+
+
+class _Entry(Options):
+    """What every mapping for a task may hold beside the task's own options."""
+
+    weight: float | None = Field(None, gt=0)
+
+
+def _choose(registry: Registry, value: Any) -> Choice:
+    if isinstance(value, Choice) and value.options is not None:
+        return value
+    if isinstance(value, Choice):
+        value = value.dump()
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise ValueError(f"must be a name, or a mapping with a name; found {value!r}")
+    given = dict(given)
+    name = given.pop("name")
+    entry = _Entry.model_validate({"weight": given.pop("weight", None) if registry is TASKS else None})
+    try:
+        plugin = registry.get(name)
+    except MTLError as error:
+        raise ValueError(str(error)) from error
+    own = ["name", *(["weight"] if registry is TASKS else [])]
+    return Choice(name, _options(plugin, given, own), entry.weight)
+
+
+def _options(plugin: Plugin, given: Any, own: Sequence[str] = ()) -> BaseModel | None:
+    """The options of a plugin from a mapping; `own` are the keys that may stand beside them."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"the options of {plugin.name!r} are a mapping of keys; found {given!r}")
+    if plugin.options is not None:
+        return plugin.options.model_validate(given or {})
+    if given:
+        raise ValueError(f"{plugin.name!r} takes no options of its own: {unknown('key', str(next(iter(given))), own)}")
+    return None
+
+
+def choose_sharing(value: Any) -> Sharing:
+    """A kind, or a mapping with a kind -> its validated options.
+
+    Raises:
+        ValueError, ValidationError: unknown or broken kind, or mistakes in its keys; for pydantic to collect.
+    """
+    if isinstance(value, Sharing):
+        return value
+    given = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or "kind" not in given:
+        raise ValueError(f"must be a kind, or a mapping with a kind; found {value!r}; kinds: {', '.join(kinds())}")
+    try:
+        model = model_of(given["kind"])
+    except MTLError as error:
+        raise ValueError(str(error)) from error
+    return model.model_validate(given)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Annotation of a `Choice` field: which registry its name is looked up in."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            lambda value: _choose(self.registry, value),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.dump()),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {CHOICE: self.registry.word}
+
+
+def dataset_options(name: str, given: Any) -> BaseModel | None:
+    """The validated options of the dataset `name`; None where it takes none.
+
+    Raises:
+        ValueError, ValidationError: unknown or broken dataset, or mistakes in its keys; for pydantic to collect.
+    """
+    if isinstance(given, BaseModel):
+        return given
+    try:
+        plugin = DATASETS.get(name)
+    except MTLError as error:
+        raise ValueError(str(error)) from error
+    return _options(plugin, given)
+
+
+def with_choices(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema` of a config, with everything that is registered and loads in place of the placeholders."""
+    schema = _referring(schema)
+    definitions = schema.setdefault("$defs", {})
+    for registry in (TASKS, BACKBONES, BALANCERS):
+        extra = {"weight": {"type": "number", "exclusiveMinimum": 0}} if registry is TASKS else {}
+        models = {name: plugin.options for name in registry.names() if (plugin := _loadable(registry, name))}
+        definitions[registry.word] = _alternatives("name", models, extra, definitions)
+    sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
+    definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
+    return schema
+
+
+def _referring(schema: Any) -> Any:
+    """`schema` with every placeholder for what is registered replaced by a reference."""
+    if isinstance(schema, list):
+        return [_referring(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: _referring(part) for key, part in schema.items() if key != CHOICE}
+    return {**result, "$ref": f"#/$defs/{schema[CHOICE]}"} if CHOICE in schema else result
+
+
+def _loadable(registry: Registry, name: str) -> Plugin | None:
+    try:
+        return registry.get(name)
+    except MTLError:
+        return None  # a broken plugin hurts only those who name it
+
+
+def _loadable_sharing(name: str) -> type[Sharing] | None:
+    try:
+        return STRUCTURAL.get(name) or model_of(name)
+    except MTLError:
+        return None
+
+
+def _alternatives(
+    key: str, models: Mapping[str, type[BaseModel] | None], extra: Mapping[str, Any], definitions: dict[str, Any]
+) -> dict[str, Any]:
+    """A bare name, or a mapping per plugin; what their schemas define is hoisted into `definitions`."""
+    mappings: list[dict[str, Any]] = []
+    for name, model in models.items():
+        keys: dict[str, Any] = {"type": "object", "properties": {}}
+        if model is not None:
+            keys = model.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(keys.pop("$defs", {}))
+        keys["properties"] = {**keys["properties"], key: {"const": name}, **extra}
+        keys["required"] = [key, *(k for k in keys.get("required", []) if k != key)]
+        keys["additionalProperties"] = False
+        mappings.append(keys)
+    return {"anyOf": [{"enum": sorted(models)}, *mappings]}
