@@ -63,7 +63,6 @@ def train_arms(args: argparse.Namespace, tasks: list[str]) -> dict[str, mtl.RunR
         arms = {name: sharing for name, sharing in arms.items() if (name == "cross_stitch") == args.cross_stitch}
     results = {}
     for name, sharing in arms.items():
-        print(f"\n{name}: training {' and '.join(tasks)}", file=sys.stderr)
         results[name] = mtl.train(config(args, tasks, sharing), progress=mtl.for_terminal())
     return results
 
