@@ -193,7 +193,9 @@ def test_train_prints_one_json_object(trained: tuple[Path, Outcome]) -> None:
 
 
 def test_progress_goes_to_standard_error(trained: tuple[Path, Outcome]) -> None:
-    lines = trained[1].err.splitlines()
+    first, *lines = trained[1].err.splitlines()
+    assert first.startswith("cross_stitch: ")
+    assert str(trained[0]) in first
     assert [line.split(" |")[0] for line in lines] == [f"epoch {i}/{EPOCHS}" for i in range(1, EPOCHS + 1)]
 
 
@@ -397,7 +399,9 @@ def test_dense_unit_that_fits_is_trained(config: Path, cwd: Path) -> None:
 def test_diverged_run_is_refused_wherever_it_shows(config: Path, cwd: Path, rate: str, steps: int) -> None:
     """In the losses of the epoch, or first in validation, after its last update."""
     outcome = command("train", config, "optim.name=sgd", f"optim.lr={rate}", f"max_steps={steps}", "--json")
-    refused(outcome, "not finite", "optim.lr")
+    opening, message = outcome.err.splitlines()  # training had begun, and said so
+    assert opening.startswith("unshared: 2 tasks")
+    refused(Outcome(outcome.status, outcome.out, message), "not finite", "optim.lr")
 
 
 def test_full_run_directory_is_left_untouched(config: Path, cwd: Path) -> None:
