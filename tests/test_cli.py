@@ -117,7 +117,7 @@ def process(*arguments: str | Path, cwd: Path) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def refused(outcome: Outcome, *parts: str) -> None:
+def check_refused(outcome: Outcome, *parts: str) -> None:
     """Exit status 2; one message on standard error, no traceback; nothing on standard output."""
     assert outcome.status == 2, outcome
     assert outcome.out == ""
@@ -261,7 +261,7 @@ def test_run_without_validation_takes_the_last_epoch(config: Path, cwd: Path) ->
     result = command("train", config, "data.validation=0", "--json", "--run-dir", "run").json
     assert result["val"] is None
     assert result["best_epoch"] == result["epochs"] == 2
-    refused(command("evaluate", "run", "--split", "val"), "val")
+    check_refused(command("evaluate", "run", "--split", "val"), "val")
 
 
 def test_dry_run_leaves_no_files(config: Path, cwd: Path) -> None:
@@ -326,20 +326,20 @@ def test_evaluate_prints_a_table_for_people(trained: tuple[Path, Outcome]) -> No
     ],
 )
 def test_evaluate_refuses_what_does_not_exist(trained: tuple[Path, Outcome], options: list[str], parts: Sequence[str]) -> None:
-    refused(command("evaluate", trained[0], *options, "--json"), *parts)
+    check_refused(command("evaluate", trained[0], *options, "--json"), *parts)
 
 
 def test_evaluate_refuses_what_is_no_run(tmp_path: Path) -> None:
-    refused(command("evaluate", tmp_path), str(tmp_path), "config.yaml")
-    refused(command("evaluate", tmp_path / "gone"), str(tmp_path / "gone"))
+    check_refused(command("evaluate", tmp_path), str(tmp_path), "config.yaml")
+    check_refused(command("evaluate", tmp_path / "gone"), str(tmp_path / "gone"))
 
 
 def test_evaluate_refuses_a_run_without_weights(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes((trained[0] / "config.yaml").read_bytes())
-    refused(command("evaluate", tmp_path), "best.safetensors")
+    check_refused(command("evaluate", tmp_path), "best.safetensors")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"not weights")
-    refused(command("evaluate", tmp_path), "best.safetensors", "damaged")
+    check_refused(command("evaluate", tmp_path), "best.safetensors", "damaged")
 
 
 # Mistakes
@@ -347,19 +347,19 @@ def test_evaluate_refuses_a_run_without_weights(trained: tuple[Path, Outcome], t
 
 def test_misspelt_key_and_task_are_named_at_once(config: Path, cwd: Path) -> None:
     outcome = command("train", config, "epohcs=3", "tasks=[tiny_a, tinyb]", "--json")
-    refused(outcome, "'epohcs'", "did you mean 'epochs'", "'tinyb'", "did you mean 'tiny_b'", "2 problems", str(config))
+    check_refused(outcome, "'epohcs'", "did you mean 'epochs'", "'tinyb'", "did you mean 'tiny_b'", "2 problems", str(config))
     assert list(cwd.iterdir()) == []
 
 
 def test_missing_config_names_those_there(config: Path, cwd: Path) -> None:
-    refused(command("train", config.parent / "tinny.yaml"), "tinny.yaml", "No such file", "tiny.yaml")
+    check_refused(command("train", config.parent / "tinny.yaml"), "tinny.yaml", "No such file", "tiny.yaml")
 
 
 def test_text_that_is_not_a_config(config: Path, cwd: Path) -> None:
     config.write_text("tasks: [tiny_a\n")
-    refused(command("train", config), str(config))
+    check_refused(command("train", config), str(config))
     config.write_text("tiny_a\n")
-    refused(command("train", config), str(config), "mapping")
+    check_refused(command("train", config), str(config), "mapping")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_text_that_is_not_a_config(config: Path, cwd: Path) -> None:
 def test_run_that_cannot_be_built_is_refused(
     config: Path, cwd: Path, how: list[str], override: str, parts: Sequence[str]
 ) -> None:
-    refused(command("train", config, override, *how), *parts)
+    check_refused(command("train", config, override, *how), *parts)
     assert list(cwd.iterdir()) == []  # nothing was begun
 
 
@@ -401,7 +401,7 @@ def test_diverged_run_is_refused_wherever_it_shows(config: Path, cwd: Path, rate
     outcome = command("train", config, "optim.name=sgd", f"optim.lr={rate}", f"max_steps={steps}", "--json")
     opening, message = outcome.err.splitlines()  # training had begun, and said so
     assert opening.startswith("unshared: 2 tasks")
-    refused(Outcome(outcome.status, outcome.out, message), "not finite", "optim.lr")
+    check_refused(Outcome(outcome.status, outcome.out, message), "not finite", "optim.lr")
 
 
 def test_full_run_directory_is_left_untouched(config: Path, cwd: Path) -> None:
@@ -409,11 +409,11 @@ def test_full_run_directory_is_left_untouched(config: Path, cwd: Path) -> None:
     (cwd / "run" / "checkpoints" / "best.safetensors").write_bytes(bytes(range(256)))
     (cwd / "run" / "config.yaml").write_text("mine: yes\n")
     before = files(cwd)
-    refused(command("train", config, "--run-dir", "run"), "'run'", "not empty", "nothing was overwritten")
+    check_refused(command("train", config, "--run-dir", "run"), "'run'", "not empty", "nothing was overwritten")
     assert files(cwd) == before
-    refused(command("train", config, "sharing={kind: split, at: pool9}", "--run-dir", "run"), "not empty")  # said first
+    check_refused(command("train", config, "sharing={kind: split, at: pool9}", "--run-dir", "run"), "not empty")  # said first
     (cwd / "file").write_text("mine")
-    refused(command("train", config, "--run-dir", "file"), "'file'", "is a file")
+    check_refused(command("train", config, "--run-dir", "file"), "'file'", "is a file")
     assert (cwd / "file").read_text() == "mine"
 
 
@@ -440,21 +440,21 @@ def test_bad_data_is_refused_before_anything_is_written(
     config: Path, cwd: Path, plugin: Path, kind: str, parts: Sequence[str]
 ) -> None:
     outcome = command("train", config, f"tasks=[cli_{kind}_task]", "data.validation=8", "--plugin", plugin, "--json")
-    refused(outcome, f"cli_{kind}", *parts)
+    check_refused(outcome, f"cli_{kind}", *parts)
     assert list(cwd.iterdir()) == []
 
 
 def test_datasets_of_different_shapes_are_refused_together(config: Path, cwd: Path, plugin: Path) -> None:
     both = ("tasks=[cli_fine_task, shapes_kind]", "data.datasets.shapes.train=200", "data.datasets.shapes.test=20")
     outcome = command("train", config, *both, "data.validation=0.1", "--plugin", plugin)
-    refused(outcome, "one shape", "cli_fine (1, 8, 8)", "shapes (3, 32, 32)")
+    check_refused(outcome, "one shape", "cli_fine (1, 8, 8)", "shapes (3, 32, 32)")
 
 
 def test_plugin_that_cannot_be_loaded(config: Path, cwd: Path) -> None:
-    refused(command("train", config, "--plugin", "gone.py"), "'gone.py'")
+    check_refused(command("train", config, "--plugin", "gone.py"), "'gone.py'")
     (cwd / "bad.py").write_text("import no_such_module_xyz\n")
     for arguments in (("train", config), ("tasks", "--json"), ("backbones",), ("config", "schema"), ("evaluate", cwd)):
-        refused(command(*arguments, "--plugin", "bad.py"), "bad.py", "no_such_module_xyz")
+        check_refused(command(*arguments, "--plugin", "bad.py"), "bad.py", "no_such_module_xyz")
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ def test_one_task_is_shown() -> None:
     assert about["classes"] == ["dark", "grey", "light"]
     assert [name for name, metric in about["metrics"].items() if metric["score"]] == ["accuracy"]
     assert yaml.safe_load(command("tasks", "tiny_c").out) == about
-    refused(command("tasks", "tiny_d"), "unknown task 'tiny_d'", "did you mean 'tiny_")
+    check_refused(command("tasks", "tiny_d"), "unknown task 'tiny_d'", "did you mean 'tiny_")
 
 
 def test_backbones_are_listed() -> None:
@@ -534,12 +534,12 @@ def test_one_backbone_is_shown_with_its_layer_points() -> None:
 
 @pytest.mark.parametrize("shape", ["1x8", "axbxc", "0x8x8", "-1x8x8", "", "1x2x3x4"])
 def test_bad_input_shape_is_refused(shape: str) -> None:
-    refused(command("backbones", "small_cnn", f"--input-shape={shape}"), repr(shape), "CxHxW")
+    check_refused(command("backbones", "small_cnn", f"--input-shape={shape}"), repr(shape), "CxHxW")
 
 
 def test_backbone_that_does_not_exist_or_fit() -> None:
-    refused(command("backbones", "smallcnn"), "unknown backbone 'smallcnn'", "did you mean 'small_cnn'")
-    refused(command("backbones", "small_cnn", "--input-shape", "128"), "small_cnn", "(128,)", "mlp")
+    check_refused(command("backbones", "smallcnn"), "unknown backbone 'smallcnn'", "did you mean 'small_cnn'")
+    check_refused(command("backbones", "small_cnn", "--input-shape", "128"), "small_cnn", "(128,)", "mlp")
     assert command("backbones", "mlp", "--input-shape", "128", "--json").json["features"] == [32]
 
 
@@ -583,5 +583,5 @@ def test_process_trains_and_evaluates_with_a_plugin(config: Path, cwd: Path, plu
 
 def test_process_refuses_a_mistake(config: Path, cwd: Path) -> None:
     outcome = process("train", config, "tasks=[shapes_kindd]", "epohcs=3", "--json", cwd=cwd)
-    refused(outcome, "'shapes_kindd'", "did you mean 'shapes_kind'", "'epohcs'", "did you mean 'epochs'")
+    check_refused(outcome, "'shapes_kindd'", "did you mean 'shapes_kind'", "'epohcs'", "did you mean 'epochs'")
     assert list(cwd.iterdir()) == []
