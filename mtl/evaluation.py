@@ -119,4 +119,4 @@ def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> f
     scores = {task.name: figures[task.name][task.score_name] for task in tasks}
     if bad := [name for name, score in scores.items() if score is None]:
         raise PluginError(f"the score of {', '.join(bad)} is not a number on this split; it must be bounded, at most 1")
-    return float(sum(scores.values()) / len(scores))
+    return round(float(sum(scores.values()) / len(scores)), 7)
