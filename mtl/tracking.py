@@ -47,19 +47,6 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-class NoTracker(Tracker):
-    """Drops everything."""
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        return
-
-    def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
 class Rows:
     """`metrics.jsonl`: one row per epoch, split and task, on disk as soon as it is written."""
 
