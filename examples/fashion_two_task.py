@@ -13,7 +13,7 @@ import sys
 
 import mtl
 
-FASHION, SHAPES = ["fashion_category", "fashion_group"], ["shapes_kind", "shapes_count"]
+FASHION, SHAPES = ["fashion_category", "fashion_group"], ["shapes_kind", "shapes_colour"]
 
 
 def arguments() -> argparse.Namespace:

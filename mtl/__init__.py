@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from mtl.build import dry_run as dry_run
     from mtl.build import evaluate_run as evaluate_run
     from mtl.build import train as train
+    from mtl.classification import Classification as Classification
+    from mtl.classification import ClassificationOptions as ClassificationOptions
     from mtl.config import DataConfig as DataConfig
+    from mtl.config import InitFrom as InitFrom
     from mtl.config import RunConfig as RunConfig
     from mtl.config import load as _load
     from mtl.cross_stitch import CrossStitch as CrossStitch
@@ -28,11 +31,14 @@ if TYPE_CHECKING:
     from mtl.errors import MTLError as MTLError
     from mtl.errors import PluginError as PluginError
     from mtl.errors import RunError as RunError
-    from mtl.heads import Classification as Classification
+    from mtl.heads import FeatureHead as FeatureHead
     from mtl.heads import Head as Head
     from mtl.metrics import Metric as Metric
+    from mtl.metrics import torchmetric as torchmetric
+    from mtl.multilabel import MultiLabel as MultiLabel
     from mtl.optim import OptimConfig as OptimConfig
     from mtl.options import Options as Options
+    from mtl.ordinal import Ordinal as Ordinal
     from mtl.progress import for_terminal as for_terminal
     from mtl.registry import load_plugin_file as load_plugin_file
     from mtl.registry import register_backbone as register_backbone
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     from mtl.registry import register_dataset as register_dataset
     from mtl.registry import register_task as register_task
     from mtl.registry import register_unit as register_unit
+    from mtl.regression import Regression as Regression
     from mtl.sharing import Exchange as Exchange
     from mtl.sharing import HardShared as HardShared
     from mtl.sharing import SplitAt as SplitAt
@@ -55,14 +62,17 @@ _HOME = {
     "balancing": ("Balancer", "Scalarization"),
     "batches": ("Augment",),
     "build": ("dry_run", "evaluate_run", "train"),
-    "config": ("DataConfig", "RunConfig", "load_config"),
+    "classification": ("Classification", "ClassificationOptions"),
+    "config": ("DataConfig", "InitFrom", "RunConfig", "load_config"),
     "cross_stitch": ("CrossStitch", "CrossStitchUnit"),
     "data": ("ArrayDataset", "Split"),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
-    "heads": ("Classification", "Head"),
-    "metrics": ("Metric",),
+    "heads": ("FeatureHead", "Head"),
+    "metrics": ("Metric", "torchmetric"),
+    "multilabel": ("MultiLabel",),
     "optim": ("OptimConfig",),
     "options": ("Options",),
+    "ordinal": ("Ordinal",),
     "progress": ("for_terminal",),
     "registry": (
         "load_plugin_file",
@@ -72,6 +82,7 @@ _HOME = {
         "register_task",
         "register_unit",
     ),
+    "regression": ("Regression",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
     "task": ("Task",),
     "trainer": ("RunResult",),

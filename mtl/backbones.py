@@ -8,11 +8,12 @@ it once per tower; it never copies a network.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtl.errors import ConfigError
 from mtl.options import Options
@@ -27,18 +28,31 @@ class Backbone:
         network: one tensor (B, *input_shape) -> one tensor of features (B, D) or (B, C, H, W).
         points: its default layer points, names of submodules in execution order.
         channels: input channels that the network insists on; one-channel images are repeated to that number.
+        size: height and width that the network insists on; images are resized to it.
+        channels_last: submodules within which features are (B, ..., C) instead of (B, C, ...), as in transformers. Exchange
+            units at points within them still receive (B, C, ...).
+        pretrained: loads weights into a network that this factory made. Called when a run begins; a run that is restored has
+            weights of its own.
     """
 
     network: nn.Module
     points: tuple[str, ...] = ()
     channels: int | None = None
+    size: tuple[int, int] | None = None
+    channels_last: tuple[str, ...] = ()
+    pretrained: Callable[[nn.Module], None] | None = None
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, channels, *size): bilinear with antialiasing, then one channel repeated. Or `x` itself."""
+        if self.size is not None and x.ndim == 4 and tuple(x.shape[2:]) != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        if self.channels is not None and x.shape[1] == 1 != self.channels:
+            x = x.expand(-1, self.channels, *[-1] * (x.ndim - 2))
+        return x
 
-def prepare(x: Tensor, channels: int | None) -> Tensor:
-    """(B, 1, H, W) -> (B, channels, H, W) where a network insists on more channels; anything else unchanged."""
-    if channels is not None and x.shape[1] == 1 != channels:
-        return x.expand(-1, channels, -1, -1)
-    return x
+    def is_channels_last(self, point: str) -> bool:
+        """Whether features at a layer point are (B, ..., C)."""
+        return any(point == module or point.startswith(module + ".") for module in self.channels_last)
 
 
 def initialise(module: nn.Module) -> None:
@@ -103,7 +117,7 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
 @register_backbone("small_cnn", options=SmallCNNOptions)
 def small_cnn(input_shape: Sequence[int], options: SmallCNNOptions) -> Backbone:
     """The reference protocol's tower; points after both pools and the fully connected layer."""
-    _need_image("small_cnn", input_shape, smallest=4)
+    need_image("small_cnn", input_shape, smallest=4)
     return Backbone(SmallCNN(input_shape, options.width, options.dropout), SmallCNN.points)
 
 
@@ -143,18 +157,12 @@ def mlp(input_shape: Sequence[int], options: MLPOptions) -> Backbone:
     return Backbone(network, network.points)
 
 
-@register_backbone("resnet18")
-def resnet18(input_shape: Sequence[int]) -> Backbone:
-    """torchvision's ResNet-18 without its last Linear; a point at the end of each resolution."""
-    from torchvision.models import resnet18 as make  # half a second, and only this backbone needs it
+def need_image(name: str, input_shape: Sequence[int], smallest: int = 1) -> None:
+    """Refuse samples that are no images, or too small ones.
 
-    _need_image("resnet18", input_shape)
-    network = make(weights=None)
-    network.fc = nn.Identity()
-    return Backbone(network, ("layer1", "layer2", "layer3", "layer4"), channels=3)
-
-
-def _need_image(name: str, input_shape: Sequence[int], smallest: int = 1) -> None:
+    Raises:
+        ConfigError: naming the backbone and the shape.
+    """
     if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
         raise ConfigError(
             [

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.balancing import Balancer
 from mtl.batches import Feed
-from mtl.checkpoint import load_weights
+from mtl.checkpoint import load_weights, read_description
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
-from mtl.data import Samples, Split, data_root, load_splits
+from mtl.data import Samples, Split, data_root, fit_heads, load_splits
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.hardware import computes_in_bf16
@@ -32,6 +33,7 @@ from mtl.standardize import Standardize
 from mtl.task import Task, make_task
 from mtl.tracking import Rows, TensorBoard
 from mtl.trainer import Run, RunResult, fit, train_step
+from mtl.warm_start import located, source, start_from
 
 
 def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> RunResult:
@@ -57,10 +59,13 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     config = resolved(config)
     tasks = make_tasks(config)
     samples = load_data(config, tasks)
+    tasks = fit_heads(tasks, samples[Split.TRAIN])
     model = make_model(config, tasks, input_shape(samples[Split.TRAIN]))
     for name, standardize in model.inputs.items():
         assert isinstance(standardize, Standardize)
         standardize.fit(samples[Split.TRAIN][name])
+    start_from(model, {task: source(task, given) for task, given in config.init_from.items()})
+    model.freeze(config.optim.freeze)
     feed = Feed(samples[Split.TRAIN], config.batch_size, config.optim.accumulate, config.seed, config.data.augment)
     balancer = make_balancer(config.balancer, tasks).to(config.device)
     exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
@@ -110,7 +115,8 @@ def resolved(config: RunConfig) -> RunConfig:
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(torch.device(name)) else "fp32"
     data = config.data.model_copy(update={"root": data_root(config.data.root).absolute()})
-    return config.replaced(device=name, precision=precision, data=data)
+    starts = {task: located(task, given) for task, given in config.init_from.items()}
+    return config.replaced(device=name, precision=precision, data=data, init_from=starts)
 
 
 def autocast(config: RunConfig) -> Callable[[], AbstractContextManager[Any]]:
@@ -168,11 +174,11 @@ def input_shape(training: Mapping[str, Samples]) -> tuple[int, ...]:
     return first
 
 
-def make_model(config: RunConfig, tasks: list[Task], shape: tuple[int, ...]) -> MultiTaskModel:
+def make_model(config: RunConfig, tasks: list[Task], shape: tuple[int, ...], pretrained: bool = True) -> MultiTaskModel:
     """The network on its device, for samples of `shape`; standardisation is not fitted yet."""
     make = backbone_maker(BACKBONES.get(config.backbone.name), shape, config.backbone.options)
     inputs = {name: Standardize(shape, config.data.standardize) for name in sorted({task.dataset for task in tasks})}
-    model = MultiTaskModel(tasks, make, config.sharing, inputs, shape, config.seed)
+    model = MultiTaskModel(tasks, make, config.sharing, inputs, shape, config.seed, pretrained)
     return model.to(device=config.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
@@ -208,15 +214,22 @@ def evaluate_run(
             raise ConfigError([unknown(what, name, known)])
     config = load(directory / "config.yaml")
     placed = config.data.model_copy(update={"root": data}) if data is not None else config.data
-    config = resolved(config.replaced(device=device, data=placed))
-    tasks = make_tasks(config)
+    config = resolved(config.replaced(device=device, data=placed, init_from={}))
+    file = directory / "checkpoints" / f"{weights}.safetensors"
+    tasks = restore_heads(make_tasks(config), read_description(file))
     samples = load_data(config, tasks, [Split(split)])[Split(split)]
     if not samples:
         raise DataError(f"this run has no {split} split")
-    model = make_model(config, tasks, input_shape(samples))
-    load_weights(directory / "checkpoints" / f"{weights}.safetensors", model)
+    model = make_model(config, tasks, input_shape(samples), pretrained=False)
+    load_weights(file, model)
     figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}
+
+
+def restore_heads(tasks: Sequence[Task], description: Mapping[str, Any]) -> list[Task]:
+    """The tasks, their heads as they were when weights with this description were written."""
+    written = {task["name"]: task for task in description["tasks"]}
+    return [replace(task, head=task.head.restored(written[task.name])) for task in tasks]
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
@@ -240,6 +253,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "input_shape": list(next(iter(ready.samples[Split.TRAIN].values())).shape),
         "layer_points": [{"point": p.name, "shape": list(p.shape), "role": p.role} for p in model.points],
         "parameters": model.parameter_count(),
+        "parameters_frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
         "parameters_exchange": sum(p.numel() for unit in model.exchange().values() for p in unit.parameters()),
         "flops_forward_per_image": forward.get_total_flops(),
         "steps": min(ready.feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize),
@@ -248,4 +262,5 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "device": ready.config.device,
         "precision": ready.config.precision,
         "config_digest": ready.config.digest(),
+        "parameter_names": [name for name, _ in model.named_parameters()],
     }

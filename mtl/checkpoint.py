@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mtl.errors import RunError
 
@@ -41,18 +43,7 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     Raises:
         RunError: no such file, damaged, another format, or weights of another model; nothing is loaded then.
     """
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise RunError(f"no weights at {str(path)!r}; the run has not finished its first epoch")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:
-        raise RunError(f"weights {str(path)!r} are damaged: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise RunError(f"weights {str(path)!r} have format {metadata.get('format')!r}; this version reads {FORMAT!r}")
+    state, description = read_weights(path)
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     misfits = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -62,5 +53,57 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
             f"weights {str(path)!r} are of another model: {len(missing)} missing, {len(extra)} unknown, "
             f"{len(misfits)} of another shape; first: {first}"
         )
-    model.load_state_dict(state)
+    load_state(model, state)
+    return description
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights by name. Unlike torch's own loading it also takes a plain mapping, which lacks the versions that modules
+    note in their state dicts: they are those of `module`, as names and shapes are.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Name -> tensor on the CPU, and the description, of a file that `save_weights` wrote.
+
+    Raises:
+        RunError: no such file, damaged, or another format.
+    """
+    with _opened(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return state, _description(path, file.metadata())
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The description alone.
+
+    Raises:
+        RunError: as `read_weights`.
+    """
+    with _opened(path) as file:
+        return _description(path, file.metadata())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise RunError(f"no weights at {str(path)!r}; the run has not finished its first epoch")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except RunError:
+        raise
+    except Exception as error:  # safetensors has an error type of its own
+        raise RunError(f"weights {str(path)!r} are damaged: {error}") from error
+
+
+def _description(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    metadata = metadata or {}
+    if metadata.get("format") != FORMAT:
+        raise RunError(f"weights {str(path)!r} have format {metadata.get('format')!r}; this version reads {FORMAT!r}")
     return dict(json.loads(metadata["description"]))

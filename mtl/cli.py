@@ -128,6 +128,9 @@ def tasks(
 @app.command()
 def backbones(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A backbone, to list its legal layer points.")] = None,
+    points: Annotated[
+        list[str] | None, typer.Argument(metavar="[POINT]...", help="Modules of it, to say of each whether and why not.")
+    ] = None,
     input_shape: Annotated[str, typer.Option(help="Of one sample: CxHxW, or D for feature vectors.")] = "3x64x64",
     as_json: AsJson = False,
     plugin: Plugins = None,
@@ -151,20 +154,48 @@ def backbones(
         raise ConfigError([f"--input-shape {input_shape!r} is not of the form CxHxW (3x64x64) or D (128)"]) from None
     with json_only(as_json):
         about = describe_backbone(BACKBONES.get(name), shape)
+    if points:
+        about = only_points(about, points)
     if as_json:
         show(about, as_json)
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{name}, input {input_shape}, features {about['features']}, {about['parameters']:,} parameters")
+    resized = "" if about["resized_to"] is None else f" resized to {'x'.join(map(str, about['resized_to']))}"
+    table = Table(
+        title=f"{name}, input {input_shape}{resized}, features {about['features']}, {about['parameters']:,} parameters"
+    )
     for heading in ("layer point", "default", "channels", "stride", "shape"):
         table.add_column(heading)
     for point in about["points"]:
         stride = "" if point["stride"] is None else f"{point['stride']:g}"
         shape_text = "x".join(str(extent) for extent in point["shape"])
         table.add_row(point["name"], "yes" if point["default"] else "", str(point["channels"]), stride, shape_text)
-    Console().print(table)
+    if about["points"]:
+        Console().print(table)
+    if points:
+        for point, reason in about["illegal"].items():
+            print(f"{point} is not legal: {reason}")
+    elif about["illegal"]:
+        print(f"{len(about['illegal'])} other modules are not legal; `mtl backbones {name} MODULE` says why")
+
+
+def only_points(about: dict[str, Any], points: list[str]) -> dict[str, Any]:
+    """The description of a backbone, of these modules alone.
+
+    Raises:
+        ConfigError: one that the backbone does not have.
+    """
+    from mtl.errors import ConfigError, unknown
+
+    known = [point["name"] for point in about["points"]] + list(about["illegal"])
+    if wrong := [point for point in points if point not in known]:
+        raise ConfigError(
+            [f"{about['name']}: {unknown('layer point', point, known)}" for point in wrong], source="layer points"
+        )
+    legal = [point for point in about["points"] if point["name"] in points]
+    return {**about, "points": legal, "illegal": {name: why for name, why in about["illegal"].items() if name in points}}
 
 
 @config_app.command("schema")

@@ -27,7 +27,7 @@ from pydantic import (
 
 from mtl.batches import Augment
 from mtl.choices import CHOICE, Choice, Registered, choose_sharing, dataset_options, with_choices
-from mtl.errors import ConfigError
+from mtl.errors import ConfigError, unknown
 from mtl.optim import OptimConfig
 from mtl.options import Options, problems, within
 from mtl.registry import BACKBONES, BALANCERS, TASKS
@@ -43,8 +43,9 @@ class DataConfig(Options):
     """Training samples held out to select weights on: a count, or a share below 1. 0: the last epoch is taken, untested."""
     split_seed: int = 0
     """Which samples are held out; not the run's seed, so that arms and seeds share one split."""
-    standardize: Literal["pixel", "channel", "none"] = "channel"
-    """Subtract mean and divide by standard deviation of the training split, per position and channel, or per channel."""
+    standardize: Literal["pixel", "channel", "imagenet", "none"] = "channel"
+    """Subtract mean and divide by standard deviation of the training split, per position and channel, or per channel;
+    imagenet: by the constants of torchvision's pretrained weights."""
     augment: Augment = Augment()
     """Random changes to training images."""
     datasets: dict[str, Any] = Field(default_factory=dict)
@@ -71,6 +72,22 @@ class DataConfig(Options):
         return options
 
 
+class InitFrom(Options):
+    """What a task's tower starts from."""
+
+    path: Path
+    """A run directory, or a .safetensors file of the plain network's weights."""
+    weights: Literal["best", "last"] = "best"
+    """Which weights of a run."""
+    digest: str | None = None
+    """Of the weights file, SHA-256, filled in when a run begins; another file under that path is then refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str | Path) else data
+
+
 class RunConfig(Options):
     """Everything that decides a run.
 
@@ -91,6 +108,8 @@ class RunConfig(Options):
     """What the towers have in common, or exchange."""
     balancer: Annotated[Choice, Registered(BALANCERS)] = Choice("fixed")
     """How task losses become one update."""
+    init_from: dict[str, InitFrom] = Field(default_factory=dict)
+    """Task -> run directory or weights file that its tower (and, from a run of that task, its head) starts from."""
     data: DataConfig = DataConfig()
     """Where data are, and what is done to them."""
     optim: OptimConfig = OptimConfig()
@@ -137,6 +156,13 @@ class RunConfig(Options):
         return tasks
 
     @model_validator(mode="after")
+    def _starts_are_of_tasks(self) -> RunConfig:
+        names = [task.name for task in self.tasks]
+        if wrong := [name for name in self.init_from if name not in names]:
+            raise ValueError(f"init_from: {unknown('task', wrong[0], names)}")
+        return self
+
+    @model_validator(mode="after")
     def _patience_needs_validation(self) -> RunConfig:
         if self.patience is not None and not self.data.validation:
             raise ValueError(f"patience={self.patience} waits for a validation score, and data.validation is 0")
@@ -154,6 +180,8 @@ class RunConfig(Options):
         """Twelve hexadecimal digits that two configs share when they describe the same run; paths and device are left out."""
         tree = self.model_dump(mode="json")
         del tree["device"], tree["data"]["root"]
+        for start in tree["init_from"].values():
+            del start["path"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -198,14 +198,11 @@ def _check(name: str, split: Split, data: ArrayDataset, tasks: Sequence[Task], d
         if task.target not in data.labels:
             raise DataError(f"{where}: task {task.name!r} wants " + unknown("target", task.target, data.labels))
         labels = data.labels[task.target]
-        mask = data.valid.get(task.target)
-        seen = mask if mask is not None else torch.ones(len(labels), dtype=torch.bool)
+        seen = data.valid.get(task.target, torch.ones(len(labels), dtype=torch.bool))
         try:
             target = task.head.targets(labels, seen)
             if not seen.any():
                 raise DataError("no sample is labelled")
-            if split is Split.TRAIN:
-                task.head.check_training(target, seen)
         except DataError as error:
             raise DataError(f"{where}, task {task.name!r}: {error}") from error
         targets[task.name] = target.to(device)
@@ -213,6 +210,24 @@ def _check(name: str, split: Split, data: ArrayDataset, tasks: Sequence[Task], d
         labelled[task.name] = int(seen.sum())
         shares[task.name] = labelled[task.name] / seen.numel()
     return Samples(name, data.images.to(device), targets, valid, labelled, shares)
+
+
+def fit_heads(tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Task]:
+    """The tasks, their heads with what they take from the training split (dataset name -> samples).
+
+    Raises:
+        DataError: a head that cannot be learned from its training targets, with its dataset and task.
+    """
+    fitted = []
+    for task in tasks:
+        part = training[task.dataset]
+        target, mask = part.targets[task.name], part.valid[task.name]
+        seen = mask if mask is not None else torch.ones(len(target), dtype=torch.bool, device=target.device)
+        try:
+            fitted.append(replace(task, head=task.head.fitted(target, seen)))
+        except DataError as error:
+            raise DataError(f"dataset {task.dataset!r}, train split, task {task.name!r}: {error}") from error
+    return fitted
 
 
 def _images(images: Any) -> Tensor:

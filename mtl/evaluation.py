@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mtl.batches import Batch, in_order
 from mtl.data import Samples
-from mtl.errors import MTLError, PluginError
+from mtl.errors import DataError, MTLError, PluginError
 from mtl.metrics import Meter
 from mtl.model import MultiTaskModel
 from mtl.task import Task
@@ -63,7 +64,7 @@ def _evaluate_dataset(
     model: MultiTaskModel, part: Samples, batch_size: int, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> dict[str, TaskFigures]:
     tasks = model.present([part.dataset])
-    meters = {task.name: Meter(task.all_metrics, part.images.device) for task in tasks}
+    meters = {task.name: Meter(task.all_metrics, task.head.labelled, part.images.device) for task in tasks}
     losses = {task.name: torch.zeros((), device=part.images.device) for task in tasks}
     for batch in in_order(part, batch_size):
         with autocast():
@@ -75,7 +76,14 @@ def _evaluate_dataset(
     figures = {}
     for task in tasks:
         loss = losses[task.name].item() / (len(part) * part.shares[task.name])
-        figures[task.name] = {"n": part.labelled[task.name], "loss": loss, **meters[task.name].compute()}
+        try:
+            computed = meters[task.name].compute()
+        except Exception as error:
+            raise DataError(
+                f"dataset {part.dataset!r}, task {task.name!r}: a metric cannot be computed from {part.labelled[task.name]} "
+                f"labels: {type(error).__name__}: {error}"
+            ) from error
+        figures[task.name] = {"n": part.labelled[task.name], "loss": loss, **computed}
     return figures
 
 
@@ -96,9 +104,10 @@ def try_tasks(
         for task in model.present([name]):
             try:
                 summed_loss(task, outputs[task.name], batch)
-                meter = Meter(task.all_metrics, part.images.device)
+                meter = Meter(task.all_metrics, task.head.labelled, part.images.device)
                 meter.update(task.head.predictions(outputs[task.name]), batch.targets[task.name], None)
-                meter.compute()
+                with warnings.catch_warnings(action="ignore"):  # two samples may lack a class
+                    meter.compute()
                 task.head.decode(outputs[task.name])
             except MTLError:
                 raise

@@ -1,26 +1,30 @@
 """Heads: what a task predicts from features, how that is scored, and what its outputs mean.
 
 A head is a description (class names, options); `build` makes the module that learns. The trainer knows heads by this interface
-alone, so any other kind of prediction is a subclass of `Head` in a plugin.
+alone, so any other kind of prediction is a subclass of `Head` in a plugin. Bundled: `mtl.classification`, `mtl.multilabel`,
+`mtl.regression`, `mtl.ordinal`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mtl.errors import DataError, MTLError
+from mtl.errors import ConfigError, DataError, MTLError
 from mtl.metrics import Metric
 
 
 class Head(ABC):
     """From one tower's features to one task's output, with what is needed to train, score and read it."""
+
+    consumes: ClassVar[Literal["vector", "map"]] = "vector"
+    """What `build` can be given: "vector": features (D,), or a map (C, H, W) that the head reduces itself, as `FeatureHead`
+    does; "map": features (C, H, W) only, for dense prediction. A backbone that gives vectors is then refused."""
 
     @abstractmethod
     def build(self, features: tuple[int, ...]) -> nn.Module:
@@ -50,16 +54,44 @@ class Head(ABC):
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """Outputs (B, ...) in words: one mapping per sample, plain enough for JSON."""
 
-    def check_training(self, target: Tensor, valid: Tensor) -> None:  # noqa: B027 (a head may have nothing to say)
-        """Complain about training targets from which this head cannot be learned (a class never seen). Default: nothing.
+    def fitted(self, target: Tensor, valid: Tensor) -> Self:
+        """The head with what it takes from the training split: a mean and deviation, class frequencies. Default: as it is.
+
+        Args:
+            target: all training targets, as `targets` made them.
+            valid: bool, (N,) or the target's shape: where they exist.
 
         Raises:
-            DataError: what is missing.
+            DataError: this head cannot be learned from these targets (a class never seen, a target that never varies).
         """
+        return self
+
+    def labelled(self, predictions: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """What the metrics receive where some labels are missing. Default: the predictions and targets that are `valid`."""
+        return predictions[valid], target[valid]
 
     def describe(self) -> dict[str, Any]:
-        """What a reader of a checkpoint needs to know of this head, plain enough for JSON."""
+        """What a reader of a checkpoint needs to know of this head, what was fitted included; plain enough for JSON."""
         return {"head": type(self).__name__}
+
+    def restored(self, description: dict[str, Any]) -> Self:
+        """The head as it was when it wrote `description`, so that a run can be scored without its training data."""
+        return self
+
+
+class DataclassHead(Head):
+    """A head whose dataclass fields are plain values, and say all there is to say: described and restored by them."""
+
+    def describe(self) -> dict[str, Any]:
+        """The head's kind and every field."""
+        return {**super().describe(), **{name: getattr(self, name) for name in self._fields()}}
+
+    def restored(self, description: dict[str, Any]) -> Self:
+        """A head of this kind with the fields of `description`."""
+        return type(self)(**{name: description[name] for name in self._fields()})
+
+    def _fields(self) -> list[str]:
+        return [field.name for field in fields(self)]  # type: ignore[arg-type]
 
 
 class FeatureHead(nn.Sequential):
@@ -77,85 +109,75 @@ class SpatialMean(nn.Module):
         return x.flatten(2).mean(2)
 
 
-@dataclass(frozen=True)
-class Classification(Head):
-    """One of several classes: cross-entropy on logits, accuracy as the score.
+def class_names(head: str, given: Sequence[str], least: int = 2) -> tuple[str, ...]:
+    """The names of a head's classes, checked.
 
-    Args:
-        classes: their names, in the order of the labels 0 .. C-1; at least two, all different.
+    Raises:
+        MTLError: not a sequence, too few, or two of them equal.
     """
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise MTLError(f"{head}(classes=...) takes a sequence of names, as in ('even', 'odd'); found {given!r}")
+    names = tuple(str(name) for name in given)
+    if len(names) < least or len(set(names)) < len(names):
+        raise MTLError(f"{head} needs {'two' if least == 2 else 'one'} or more different class names; found {list(names)}")
+    return names
 
-    classes: Sequence[str]
 
-    def __post_init__(self) -> None:
-        if isinstance(self.classes, str) or not isinstance(self.classes, Sequence):
-            raise MTLError(
-                f"Classification(classes=...) takes a sequence of names, as in ('even', 'odd'); found {self.classes!r}"
-            )
-        object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise MTLError(f"Classification needs two or more different class names; found {list(self.classes)}")
+def class_indices(labels: Tensor, valid: Tensor, classes: int) -> Tensor:
+    """Labels (N,) as int64 class indices, 0 where not `valid`.
 
-    def build(self, features: tuple[int, ...]) -> nn.Module:
-        """(B, *features) -> logits (B, C)."""
-        return FeatureHead(features, len(self.classes))
+    Raises:
+        DataError: another shape, not an integer, or not one of the classes.
+    """
+    if labels.ndim != 1:
+        raise DataError(f"labels must be one integer per sample, shape (N,); found {tuple(labels.shape)}")
+    if valid.ndim != 1:
+        raise DataError(f"the valid mask must be one bool per sample, shape (N,); found shape {tuple(valid.shape)}")
+    allowed = f"the {classes} classes are 0 to {classes - 1}"
+    if labels.is_floating_point():
+        refuse(labels, valid & ~labels.isfinite(), "is not finite", allowed)
+        refuse(labels, valid & (labels != labels.round()), "is not an integer", allowed)
+    refuse(labels, valid & ((labels < 0) | (labels >= classes)), "is out of range", allowed)
+    return torch.where(valid, labels, torch.zeros_like(labels)).to(torch.int64)
 
-    def targets(self, labels: Tensor, valid: Tensor) -> Tensor:
-        """Class indices, int64 (N,)."""
-        if labels.ndim != 1:
-            raise DataError(f"classification labels must be one integer per sample, shape (N,); found {tuple(labels.shape)}")
-        if labels.is_floating_point():
-            _first_offender(labels, valid & ~labels.isfinite(), "is not finite", self._range)
-            _first_offender(labels, valid & (labels != labels.round()), "is not an integer", self._range)
-        _first_offender(labels, valid & ((labels < 0) | (labels >= len(self.classes))), "is out of range", self._range)
-        return torch.where(valid, labels, torch.zeros_like(labels)).to(torch.int64)
 
-    @property
-    def _range(self) -> str:
-        return f"the {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
+def class_counts(names: Sequence[str], target: Tensor, valid: Tensor) -> list[int]:
+    """How many training samples each class has.
 
-    def check_training(self, target: Tensor, valid: Tensor) -> None:
-        """A class without one training sample cannot be learned."""
-        counts = torch.bincount(target[valid], minlength=len(self.classes))
-        if missing := [name for name, n in zip(self.classes, counts.tolist(), strict=True) if n == 0]:
-            raise DataError(
-                f"{len(missing)} of {len(self.classes)} classes never seen in the training split: {', '.join(missing)}; "
-                "drop them from the head's classes, or give data that has them"
-            )
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy per sample, in float32: logits (B, C), class indices (B,) -> (B,)."""
-        return F.cross_entropy(output.float(), target, reduction="none")
-
-    def metrics(self) -> tuple[Metric, ...]:
-        """Accuracy over samples (the score) and the F1 score averaged over classes."""
-        return (
-            Metric("accuracy", "higher", lambda: _multiclass("MulticlassAccuracy", len(self.classes), "micro"), score=True),
-            Metric("f1_macro", "higher", lambda: _multiclass("MulticlassF1Score", len(self.classes), "macro")),
+    Raises:
+        DataError: a class without any cannot be learned.
+    """
+    counts: list[int] = torch.bincount(target[valid], minlength=len(names)).tolist()
+    if missing := [name for name, n in zip(names, counts, strict=True) if n == 0]:
+        raise DataError(
+            f"{len(missing)} of {len(names)} classes never seen in the training split: {', '.join(missing)}; "
+            "drop them from the head's classes, or give data that has them"
         )
-
-    def predictions(self, output: Tensor) -> Tensor:
-        """Index of the largest logit, (B,)."""
-        return output.argmax(dim=1)
-
-    def decode(self, output: Tensor) -> list[dict[str, Any]]:
-        """The most probable class and its probability, per sample."""
-        probability, index = output.float().softmax(dim=1).max(dim=1)
-        pairs = zip(index.tolist(), probability.tolist(), strict=True)
-        return [{"label": self.classes[i], "score": p} for i, p in pairs]
-
-    def describe(self) -> dict[str, Any]:
-        """The class names."""
-        return {**super().describe(), "classes": list(self.classes)}
+    return counts
 
 
-def _multiclass(name: str, classes: int, average: str) -> Any:
-    import torchmetrics.classification as library  # two seconds, paid when the first metric is made
+def refuse(labels: Tensor, bad: Tensor, what: str, allowed: str) -> None:
+    """Complain about the labels that are `bad` (bool, of their shape), if any, with position and value of the first.
 
-    return getattr(library, name)(num_classes=classes, average=average, validate_args=False)  # validation would synchronise
-
-
-def _first_offender(labels: Tensor, bad: Tensor, what: str, allowed: str) -> None:
+    Raises:
+        DataError: there are some.
+    """
     if count := int(bad.sum()):
-        i = int(bad.nonzero()[0])
-        raise DataError(f"label {labels[i].item()!r} of sample {i} {what}; {allowed} ({count} such of {len(labels)})")
+        i = tuple(bad.nonzero()[0].tolist())
+        where = f"sample {i[0]}" + (f", position {i[1] if len(i) == 2 else i[1:]}" if len(i) > 1 else "")
+        raise DataError(f"label {labels[i].item()!r} of {where} {what}; {allowed} ({count} such of {labels.numel()})")
+
+
+def check_consumes(head: Head, features: tuple[int, ...]) -> None:
+    """Refuse features that a head has no use for.
+
+    Raises:
+        ConfigError: a vector where a map is needed.
+    """
+    if head.consumes == "map" and len(features) != 3:
+        raise ConfigError(
+            [
+                f"{type(head).__name__} needs a feature map (C, H, W), and the backbone gives vectors of shape {features}; "
+                "use a backbone that does not pool its last features"
+            ]
+        )

@@ -7,9 +7,11 @@ Not covered: metrics over several tasks at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from mtl.errors import MTLError
 
 if TYPE_CHECKING:
     import torchmetrics
+
+Labelled = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,20 @@ class Metric:
             raise MTLError(f"metric {self.name!r} is the score, so higher must be better; found better={self.better!r}")
 
 
+def torchmetric(name: str, of: str = "classification", **options: Any) -> Callable[[], torchmetrics.Metric]:
+    """Makes torchmetrics' metric `name` of its module `of` with these options, whenever it is called. Pickles.
+
+    >>> Metric("accuracy", "higher", torchmetric("MulticlassAccuracy", num_classes=3), score=True).name
+    'accuracy'
+    """
+    return partial(_make, name, of, options)
+
+
+def _make(name: str, of: str, options: Mapping[str, Any]) -> torchmetrics.Metric:
+    library = import_module(f"torchmetrics.{of}")  # two seconds, paid when the first metric is made
+    return getattr(library, name)(**options)  # type: ignore[no-any-return]
+
+
 def score_of(task: str, metrics: Iterable[Metric]) -> Metric:
     """The one metric of a task that carries the score.
 
@@ -62,14 +80,22 @@ def score_of(task: str, metrics: Iterable[Metric]) -> Metric:
 
 
 class Meter:
-    """The metrics of one task over one split. Nothing leaves the device until `compute`.
+    """The metrics of one task over one split, in float64 where the device has it. Nothing leaves the device until `compute`.
 
     Predictions are gathered and handed on in large pieces, because picking the labelled ones, and some metrics, make the host
     wait for the device: once a split, as a rule, instead of once a batch.
+
+    Args:
+        metrics: of the task.
+        labelled: (predictions, targets, valid mask) -> the predictions and targets that the metrics receive.
+        device: of the predictions.
+        gathered: numbers to gather before the metrics are updated.
     """
 
-    def __init__(self, metrics: Iterable[Metric], device: torch.device, gathered: int = 1 << 24) -> None:
-        self._metrics = {metric.name: metric.make().to(device) for metric in metrics}
+    def __init__(self, metrics: Iterable[Metric], labelled: Labelled, device: torch.device, gathered: int = 1 << 24) -> None:
+        self._wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self._metrics = {metric.name: metric.make().to(device).set_dtype(self._wide) for metric in metrics}
+        self._labelled = labelled
         self._limit = gathered
         self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._count = 0
@@ -93,8 +119,8 @@ class Meter:
         predictions = torch.cat([part[0] for part in self._parts])
         targets = torch.cat([part[1] for part in self._parts])
         if masks := [part[2] for part in self._parts if part[2] is not None]:
-            mask = torch.cat(masks)
-            predictions, targets = predictions[mask], targets[mask]
+            predictions, targets = self._labelled(predictions, targets, torch.cat(masks))
+        predictions, targets = (x.to(self._wide) if x.is_floating_point() else x for x in (predictions, targets))
         self._parts, self._count = [], 0
         if len(targets):
             for metric in self._metrics.values():

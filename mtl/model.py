@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl.backbones import Backbone, prepare
-from mtl.errors import ConfigError, PluginError
+from mtl.backbones import Backbone
+from mtl.errors import ConfigError, MTLError, PluginError, unknown
+from mtl.heads import check_consumes
 from mtl.registry import Plugin
 from mtl.seeding import seeded
 from mtl.sharing import Sharing
-from mtl.stages import Stage, cut, keep_only, legal_points, probe
+from mtl.stages import Stage, cut, keep_only, legal_points, module_outputs, probe
 from mtl.standardize import Standardize
 from mtl.task import Task
 from mtl.units import ExchangeUnit
@@ -52,6 +55,8 @@ class MultiTaskModel(nn.Module):
         sharing: what the towers have in common.
         inputs: dataset name -> its standardisation.
         input_shape: of one sample, (C, H, W) or (D,).
+        pretrained: whether networks begin with the pretrained weights that their backbone was asked for; a model that is about
+            to be restored has no use for them.
         seed: of the initial weights. A tower's depend on the seed and its task's name only, so arms that share a seed start
             alike, whatever else they train.
 
@@ -67,17 +72,22 @@ class MultiTaskModel(nn.Module):
         inputs: Mapping[str, Standardize],
         input_shape: tuple[int, ...],
         seed: int,
+        pretrained: bool = True,
     ) -> None:
         super().__init__()
+        self._held: list[nn.Module] = []
         self.tasks = tuple(tasks)
         with seeded(seed, "trunk"):
             trunk = make_backbone()
         plan = sharing.plan(trunk.points)
         self.stages: list[Stage] = cut(trunk.network, plan.points)
         self.shared_stages = plan.shared
-        self._channels = trunk.channels
-        x = prepare(torch.zeros(2, *input_shape), self._channels)
+        self.input_shape = tuple(input_shape)
+        self._prepare = trunk.prepare
+        x = self._prepare(torch.zeros(2, *input_shape))
         shapes = probe(trunk.network, self.stages, x)
+        self._channels_last = {i for i, stage in enumerate(self.stages) if trunk.is_channels_last(stage.point)}
+        shapes = [_channels_first(shape) if i in self._channels_last else shape for i, shape in enumerate(shapes)]
         features = shapes[-1]
         if plan.check is not None:
             plan.check(
@@ -90,6 +100,9 @@ class MultiTaskModel(nn.Module):
             for task in tasks:
                 with seeded(seed, "tower", task.name):
                     self.towers[task.name] = make_backbone().network
+        if pretrained and trunk.pretrained is not None:
+            for network in (*([self.trunk] if self.trunk is not None else []), *self.towers.values()):
+                trunk.pretrained(network)
         self.units = nn.ModuleDict()
         self._unit_after: dict[int, str] = {}
         for i, stage in enumerate(self.stages):
@@ -132,7 +145,7 @@ class MultiTaskModel(nn.Module):
                 raise ConfigError([f"sharing.points: towers differ in shape at {stage.point!r}: {found}; they cannot exchange"])
             unit = self.units[self._unit_after[i]]
             try:
-                mixed = list(unit(features))
+                mixed = self._exchanged(i, features)
             except Exception as error:
                 raise PluginError(
                     f"{type(unit).__name__} at {stage.point!r} failed: {type(error).__name__}: {error}"
@@ -163,7 +176,7 @@ class MultiTaskModel(nn.Module):
             run once on all images, ordered by dataset name; a tower that shares nothing sees its own dataset alone.
         """
         names = sorted(images)
-        x = [prepare(self.inputs[name](images[name]), self._channels) for name in names]
+        x = [self._prepare(self.inputs[name](images[name])) for name in names]
         sizes = [len(part) for part in x]
         row = {name: slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i, name in enumerate(names)}
         present = self.present(names)
@@ -186,8 +199,15 @@ class MultiTaskModel(nn.Module):
                 continue
             x = [stage(self.towers[task.name], value) for task, value in zip(tasks, x, strict=True)]
             if i in self._unit_after:
-                x = self.units[self._unit_after[i]](x)
+                x = self._exchanged(i, x)
         return x
+
+    def _exchanged(self, i: int, x: list[Tensor]) -> list[Tensor]:
+        """The features after stage i, exchanged: T tensors -> T tensors, as the stages have them."""
+        unit = self.units[self._unit_after[i]]
+        if i not in self._channels_last:
+            return list(unit(x))
+        return [y.movedim(1, -1) for y in unit([value.movedim(-1, 1) for value in x])]
 
     def present(self, datasets: Sequence[str]) -> list[Task]:
         """The tasks of these datasets, in order."""
@@ -202,6 +222,38 @@ class MultiTaskModel(nn.Module):
         outputs = {name: self.heads[name](f) for name, f in features.items()}
         return Outputs(features, {name: y.float() if y.dtype in HALF else y for name, y in outputs.items()})
 
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Take parameters out of training, by name of a parameter or module, or by a pattern with `*`.
+
+        A batch norm all of whose parameters are frozen keeps its running statistics as well.
+
+        Raises:
+            ConfigError: a pattern that nothing matches, or nothing left to train.
+        """
+        parameters = dict(self.named_parameters())
+        wrong = []
+        for pattern in patterns:
+            names = [n for n in parameters if fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
+            for name in names:
+                parameters[name].requires_grad_(False)
+            if not names:
+                modules = {n.rpartition(".")[0] for n in parameters}
+                wrong.append(f"optim.freeze: {unknown('parameter', pattern, sorted({*parameters, *modules}, key=len))}")
+        if wrong:
+            raise ConfigError(wrong)
+        if not any(p.requires_grad for p in parameters.values()):
+            raise ConfigError([f"optim.freeze={list(patterns)} leaves nothing to train"])
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        self._held = [m for m in norms if list(m.parameters()) and not any(p.requires_grad for p in m.parameters())]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """As in torch, but frozen batch norm stays in evaluation mode."""
+        super().train(mode)
+        for module in self._held:
+            module.eval()
+        return self
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """Everything below the heads: trunk, towers and exchange units."""
         return [p for name, p in self.named_parameters() if not name.startswith("heads.")]
@@ -215,9 +267,16 @@ class MultiTaskModel(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[-1], *shape[:-1])
+
+
 def _build_head(task: Task, features: tuple[int, ...]) -> nn.Module:
     try:
+        check_consumes(task.head, features)
         return task.head.build(features)
+    except MTLError:
+        raise
     except Exception as error:
         raise PluginError(
             f"the head of task {task.name!r} cannot be built on features of shape {features}: {type(error).__name__}: {error}"
@@ -238,27 +297,35 @@ def backbone_maker(plugin: Plugin, input_shape: tuple[int, ...], options: object
     return make
 
 
-def describe_backbone(plugin: Plugin, input_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Every legal layer point of a backbone with its default options, with channels, stride and shape at this input shape."""
-    made = backbone_maker(plugin, input_shape, None)()
+def _stride(before: int, after: int) -> float:
+    """The power of two that brings an extent to another, rounding either way; their ratio where none does."""
+    powers = (2**i for i in range(before.bit_length() + 1))
+    return next((s for s in powers if after in (before // s, -(-before // s))), before / after)
+
+
+def describe_backbone(plugin: Plugin, input_shape: tuple[int, ...], options: object = None) -> dict[str, Any]:
+    """Every legal layer point of a backbone, with channels, stride and shape at this input shape, and why others are not."""
+    made = backbone_maker(plugin, input_shape, options)()
+    x = made.prepare(torch.zeros(2, *input_shape))
+    outputs = module_outputs(made.network, x)
     legal, illegal = legal_points(made.network)
-    stages = cut(made.network, ())
-    x = prepare(torch.zeros(2, *input_shape), made.channels)
-    features = probe(made.network, stages, x)[-1]
+    features = probe(made.network, cut(made.network, ()), x)[-1]
     points = []
-    for name in legal:
-        try:
-            shape = probe(made.network, cut(made.network, [name]), x)[0]
-        except ConfigError as error:
-            illegal[name] = error.problems[0]
+    for name in sorted(legal, key=list(outputs).index):
+        shape = outputs[name]
+        if isinstance(shape, str):
+            illegal[name] = f"it gives {shape}, not one tensor (B, C, ...)"
             continue
-        stride = input_shape[-1] / shape[-1] if len(shape) == len(input_shape) == 3 else None
+        if made.is_channels_last(name):
+            shape = _channels_first(shape)
+        stride = _stride(x.shape[-1], shape[-1]) if len(shape) == x.ndim - 1 == 3 else None
         points.append(
             {"name": name, "channels": shape[0], "stride": stride, "shape": list(shape), "default": name in made.points}
         )
     return {
         "name": plugin.name,
         "input_shape": list(input_shape),
+        "resized_to": list(made.size) if made.size is not None else None,
         "features": list(features),
         "parameters": sum(p.numel() for p in made.network.parameters()),
         "points": points,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -39,6 +39,9 @@ class OptimConfig(Options):
     (0: 30 % of the run, torch's default)."""
     clip_norm: float | None = Field(None, gt=0)
     """Scale all gradients down to this global norm where they exceed it; null: never."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by name (`towers.fashion_group`, `units`) or pattern (`towers.*.layer1.*`); batch norm
+    whose parameters are frozen keeps its running statistics too. `mtl train --dry-run` lists the names."""
     accumulate: int = Field(1, ge=1)
     """Batches whose gradients are added up for one update."""
 
@@ -46,6 +49,11 @@ class OptimConfig(Options):
     @classmethod
     def _by_name(cls, data: Any) -> Any:
         return {"name": data} if isinstance(data, str) else data
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _decay_needs_adamw(self) -> OptimConfig:
@@ -68,6 +76,8 @@ def make_optimizer(
     own = {id(p) for p in exchange}
     sorted_in: dict[str, list[nn.Parameter]] = {"weights": [], "other": [], "exchange": [], "balancer": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if id(parameter) in own:
             group = "exchange"
         elif parameter.ndim >= 2 and name.endswith("weight"):

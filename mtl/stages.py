@@ -73,6 +73,10 @@ class CutError(ConfigError):
         super().__init__([reason], source="layer points")
 
 
+class _NeverCalledError(CutError):
+    """A submodule that is a mere container."""
+
+
 def cut(network: nn.Module, points: Sequence[str]) -> list[Stage]:
     """Stages of `network` that end at each of `points`, and a last one that runs to its output.
 
@@ -91,15 +95,21 @@ def cut(network: nn.Module, points: Sequence[str]) -> list[Stage]:
             raise CutError(unknown("layer point", point, known))
     if len(set(points)) < len(points):
         raise CutError(f"a layer point is named twice: {', '.join(points)}")
+    for point in points:
+        if inner := [other for other in points if other.startswith(point + ".")]:
+            raise CutError(f"layer point {point!r} contains layer point {inner[0]!r}; name the last module inside it instead")
     if not points:
         modules = tuple(name for name, _ in (*network.named_children(), *network.named_parameters(recurse=False)))
         return [Stage(END, "def forward(self, x):\n    return self(x)\n", modules, {})]
-    was_training = network.training
-    try:
-        evaluating = _pieces(network.eval(), points)
-        training = _pieces(network.train(), points)
-    finally:
-        network.train(was_training)
+    return _stages(_trace(network, points), points)
+
+
+Traces = tuple[fx.Graph, fx.Graph]
+"""A network traced in evaluation and in training mode."""
+
+
+def _stages(traces: Traces, points: Sequence[str]) -> list[Stage]:
+    evaluating, training = (_pieces(graph, points) for graph in traces)
     stages = []
     for point, graph, other in zip([*points, END], evaluating, training, strict=True):
         code, train_code = graph.python_code("self"), other.python_code("self")
@@ -114,19 +124,56 @@ def cut(network: nn.Module, points: Sequence[str]) -> list[Stage]:
 
 
 def legal_points(network: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Every submodule at which `network` can be cut on its own, in execution order, and the reasons against the others."""
+    """Every submodule at which `network` can be cut on its own, and the reasons against the others."""
     legal: list[str] = []
     illegal: dict[str, str] = {}
+    closed: list[str] = []  # what rules out a module rules out everything inside it
+    traces: dict[str, Traces] = {}  # siblings have the same ancestors, and so the same trace
     for name, _ in network.named_modules():
         if not name:
             continue
+        if outer := next((module for module in closed if name.startswith(module + ".")), None):
+            illegal[name] = f"inside {outer!r}: {illegal[outer]}"
+            continue
+        parent = name.rpartition(".")[0]
         try:
-            cut(network, [name])
+            if parent not in traces:
+                traces[parent] = _trace(network, [name])
+            _stages(traces[parent], [name])
         except CutError as error:
             illegal[name] = error.problems[0]
+            if not isinstance(error, _NeverCalledError):  # the items of a list that is never called are called themselves
+                closed.append(name)
         else:
             legal.append(name)
     return legal, illegal
+
+
+def module_outputs(network: nn.Module, x: Tensor) -> dict[str, tuple[int, ...] | str]:
+    """Shape of one sample's output of every submodule, in the order they finish, by one pass in evaluation mode.
+
+    The name of its type in place of the shape where a module gives something other than one batched tensor.
+
+    Raises:
+        CutError: the network fails on this input.
+    """
+    outputs: dict[str, tuple[int, ...] | str] = {}
+
+    def note(name: str, y: Any) -> None:
+        batched = isinstance(y, Tensor) and y.ndim >= 2 and y.shape[0] == x.shape[0]
+        outputs[name] = tuple(y.shape[1:]) if batched else f"{type(y).__name__}{tuple(getattr(y, 'shape', ()))}"
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, y, name=name: note(name, y))
+        for name, module in network.named_modules()
+        if name
+    ]
+    try:
+        probe(network, cut(network, ()), x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
 
 
 def keep_only(network: nn.Module, modules: Sequence[str]) -> None:
@@ -174,24 +221,31 @@ class _AncestorTracer(fx.Tracer):
         return module_qualified_name not in self.entered
 
 
-def _pieces(network: nn.Module, points: Sequence[str]) -> list[fx.Graph]:
+def _trace(network: nn.Module, points: Sequence[str]) -> Traces:
+    was_training = network.training
     try:
-        graph = _AncestorTracer(points).trace(_Entry(network))
+        entry = _Entry(network)
+        return _AncestorTracer(points).trace(entry.eval()), _AncestorTracer(points).trace(entry.train())
     except Exception as error:  # whatever the network's own code raises when run on a symbol
         raise CutError(
             f"{type(network).__name__} cannot be traced above its layer points {list(points)}: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        network.train(was_training)
+
+
+def _pieces(graph: fx.Graph, points: Sequence[str]) -> list[fx.Graph]:
     nodes = [node for node in graph.nodes if node.op != "output"]
     result = graph.output_node().args[0]
     if not isinstance(result, fx.Node):
-        raise CutError(f"{type(network).__name__} must return one tensor; found {type(result).__name__}")
+        raise CutError(f"the network must return one tensor; found {type(result).__name__}")
     where = _locate(nodes, points)
     bounds = [where[point] + 1 for point in points] + [len(nodes)]
     results = [nodes[where[point]] for point in points] + [result]
-    pieces, start, carry = [], 0, nodes[0]
+    pieces, start, carry, last = [], 0, nodes[0], "the input"
     for point, stop, out in zip([*points, END], bounds, results, strict=True):
-        pieces.append(_piece(nodes[start:stop], carry, out, point))
-        start, carry = stop, out
+        pieces.append(_piece(nodes[start:stop], carry, out, last))
+        start, carry, last = stop, out, point
     return pieces
 
 
@@ -204,13 +258,13 @@ def _locate(nodes: Sequence[fx.Node], points: Sequence[str]) -> dict[str, int]:
                 raise CutError(f"layer point {name!r} runs more than once in one forward pass")
             where[name] = i
     if lost := [point for point in points if point not in where]:
-        raise CutError(f"layer points that the forward pass never reaches as a call: {', '.join(lost)}")
+        raise _NeverCalledError(f"layer points that the forward pass never reaches as a call: {', '.join(lost)}")
     if (order := sorted(points, key=where.__getitem__)) != list(points):
         raise CutError(f"layer points must be in execution order: {', '.join(order)}; found {', '.join(points)}")
     return where
 
 
-def _piece(nodes: Sequence[fx.Node], carry: fx.Node, out: fx.Node, point: str) -> fx.Graph:
+def _piece(nodes: Sequence[fx.Node], carry: fx.Node, out: fx.Node, last: str) -> fx.Graph:
     """The nodes between two cuts as a graph of its own, whose one input is the previous point's output."""
     graph = fx.Graph()
     copies = {carry: graph.placeholder("x")}
@@ -229,16 +283,20 @@ def _piece(nodes: Sequence[fx.Node], carry: fx.Node, out: fx.Node, point: str) -
                 continue
             if argument.op != "get_attr":
                 raise CutError(
-                    f"cannot cut before {point!r}: {node.name} also needs {argument.name}, which skips past the previous layer "
-                    "point (a cut inside a residual or dense block); choose the end of a block"
+                    f"cannot cut at {last!r}: {_shown(node)} also needs {_shown(argument)}, which skips past it (inside a "
+                    "residual or dense block); choose the end of a block"
                 )
             copy(argument)
         copy(node)
     if out not in copies:
-        raise CutError(f"the network's output does not depend on what comes after layer point {point!r}")
+        raise CutError(f"the network's output does not depend on what comes after layer point {last!r}")
     graph.output(copies[out])
     graph.lint()
     return graph
+
+
+def _shown(node: fx.Node) -> str:
+    return str(node.target).removeprefix("network.") if node.op == "call_module" else node.name
 
 
 def probe(network: nn.Module, stages: Sequence[Stage], x: Tensor) -> list[tuple[int, ...]]:

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from mtl.data import Samples
+from mtl.errors import ConfigError
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of red, green and blue in [0, 1], as torchvision's weights declare them."""
 CHUNK = 4096
 """Samples per piece when moments are taken over a training split."""
 
@@ -16,7 +20,11 @@ class Standardize(nn.Module):
 
     Args:
         shape: of one sample, (C, H, W) or (D,).
-        kind: "pixel": a mean and deviation per position and channel; "channel": per channel; "none": one of each, 0 and 1.
+        kind: "pixel": a mean and deviation per position and channel; "channel": per channel; "imagenet": the constants that
+            torchvision's pretrained weights were trained with, their mean where there is one channel; "none": 0 and 1.
+
+    Raises:
+        ConfigError: "imagenet" for samples that are not images of one or three channels.
     """
 
     mean: Tensor
@@ -24,7 +32,10 @@ class Standardize(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], kind: str) -> None:
         super().__init__()
-        extent = {"pixel": shape, "channel": (shape[0], *[1] * (len(shape) - 1)), "none": (1,) * len(shape)}[kind]
+        per_channel = (shape[0], *[1] * (len(shape) - 1))
+        extent = {"pixel": shape, "channel": per_channel, "imagenet": per_channel, "none": (1,) * len(shape)}[kind]
+        if kind == "imagenet" and (len(shape) != 3 or shape[0] not in (1, 3)):
+            raise ConfigError([f"data.standardize=imagenet is for images of one or three channels; found samples of {shape}"])
         self.register_buffer("mean", torch.zeros(extent))
         self.register_buffer("std", torch.ones(extent))
         self.kind = kind
@@ -43,6 +54,12 @@ class Standardize(nn.Module):
         """
         x = part.images
         grey = x.dtype == torch.uint8
+        if self.kind == "imagenet":
+            scale = 255.0 if grey else 1.0  # floats are taken to lie in [0, 1], as torchvision's do
+            for buffer, constants in ((self.mean, IMAGENET_MEAN), (self.std, IMAGENET_STD)):
+                rgb = torch.tensor(constants, device=buffer.device) * scale
+                buffer.copy_((rgb if len(buffer) == 3 else rgb.mean(0, keepdim=True))[:, None, None])
+            return
         if self.kind == "none":
             self.std.fill_(255.0 if grey else 1.0)
             return

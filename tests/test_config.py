@@ -254,7 +254,7 @@ def test_message_counts_and_names_its_source(tmp_path: Path) -> None:
         ({"tasks": [{"name": "tiny_a", "weigth": 2}]}, ("tasks.0", "weigth", "'weight'")),
         ({"backbone": {"width": 2}}, ("backbone", "name")),
         ({"backbone": {"name": "small_cnn", "width": -1}}, ("backbone.width", "greater than 0", "-1")),
-        ({"backbone": {"name": "resnet18", "width": 2}}, ("backbone", "resnet18", "width")),
+        ({"backbone": {"name": "resnet18", "width": 2}}, ("backbone.width", "unknown key", "image_size")),
         ({"backbone": {"name": "small_cnn", "weight": 2}}, ("backbone.weight", "unknown key")),
         ({"sharing": {"at": "pool1"}}, ("sharing", "kind", "cross_stitch")),
         ({"sharing": {"kind": "split"}}, ("sharing.at", "required")),
@@ -482,11 +482,11 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 def test_options_change_only_on_purpose() -> None:
     """A key added, renamed or removed breaks somebody's config: change this list with the changelog."""
     assert keys(mtl.RunConfig) == [
-        "tasks", "backbone", "sharing", "balancer",
+        "tasks", "backbone", "sharing", "balancer", "init_from",
         "data.root", "data.validation", "data.split_seed", "data.standardize", "data.augment.crop", "data.augment.flip",
         "data.datasets",
         "optim.name", "optim.lr", "optim.momentum", "optim.l2", "optim.weight_decay", "optim.schedule", "optim.warmup_epochs",
-        "optim.clip_norm", "optim.accumulate",
+        "optim.clip_norm", "optim.freeze", "optim.accumulate",
         "epochs", "max_steps", "batch_size", "patience", "precision", "device", "seed",
     ]  # fmt: skip
     assert keys(mtl.CrossStitch) == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import mtl
 from mtl.batches import Augment, Feed, batch_bounds, in_order
-from mtl.data import Samples, load_splits
+from mtl.data import Samples, fit_heads, load_splits
 from mtl.registry import DATASETS
 from mtl.seeding import hash_uniform, seeded
 from mtl.standardize import Standardize
@@ -71,8 +72,12 @@ def load(name: str, validation: int | float = 0, seed: int = 0, options: Any = N
     ],
 )
 def test_bad_data_is_named(parts: dict[str, Any], message: str) -> None:
+    def whole() -> None:
+        name = register("bad_data", **parts)
+        fit_heads([replace(task, dataset=name) for task in TASKS], {name: load(name)[mtl.Split.TRAIN]})
+
     with pytest.raises(mtl.DataError, match=message):
-        load(register("bad_data", **parts))
+        whole()
 
 
 def test_labels_that_are_masked_out_may_be_anything() -> None:

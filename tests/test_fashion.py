@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mtl_tasks.fashion import GROUP_OF_CATEGORY, fashion_mnist
-from mtl_tasks.shapes import ShapesOptions, draw_labels, shapes
+from mtl_tasks.shapes import TRAITS, ShapesOptions, draw_labels, shapes
 
 import mtl
 from mtl.config import RunConfig
@@ -87,7 +87,11 @@ def test_shapes_are_deterministic_and_depend_on_the_seed() -> None:
     assert torch.equal(a.images, b.images)
     assert a.images.dtype == torch.uint8
     assert a.images.shape == (50, 3, 32, 32)
-    assert set(a.labels) == {"kind", "colour", "count", "size"}
+    assert set(a.labels) == {"kind", "colour", "count", "size", "radius", "traits"}
+    assert a.labels["traits"].shape == (50, 4)
+    left, right = (half.float().mean((1, 2, 3)) for half in a.images.split(16, dim=3))
+    lit_from_left = a.labels["traits"][:, TRAITS.index("lit from left")]
+    assert ((left > right) == lit_from_left).float().mean() > 0.8
     other = shapes(mtl.Split.TRAIN, Path(), ShapesOptions(train=50, seed=1))
     assert not torch.equal(a.images, other.images)
     test = shapes(mtl.Split.TEST, Path(), options)
@@ -119,7 +123,7 @@ def test_shapes_are_not_trivial(tmp_path: Path) -> None:
     def pixels(input_shape: tuple[int, ...]) -> torch.nn.Module:
         return torch.nn.Flatten()
 
-    tasks = ["shapes_kind", "shapes_colour", "shapes_count", "shapes_size"]
+    tasks = ["shapes_kind", "shapes_colour", "shapes_size"]
     data = {"validation": 200, "datasets": {"shapes": {"train": 2200, "test": 500}}}
     result = mtl.train(RunConfig(tasks=tasks, backbone="pixels", data=data, epochs=3, precision="fp32"), tmp_path / "run")
     assert result.test is not None

@@ -131,7 +131,7 @@ class WithToken(nn.Module):
         (resnet, ["layer5"], r"unknown layer point 'layer5'; known: .* \(did you mean 'layer"),
         (resnet, ["layer2", "layer1"], r"must be in execution order: layer1, layer2; found layer2, layer1"),
         (resnet, ["layer1", "layer1"], r"named twice"),
-        (resnet, ["layer1.0.conv1"], r"skips past the previous layer point"),
+        (resnet, ["layer1.0.conv1"], r"cannot cut at 'layer1.0.conv1': add.* also needs .*, which skips past it"),
         (Functional, ["a"], r"reads self.training"),
         (Twice, ["a"], r"'a' runs more than once"),
         (Branching, ["a"], r"cannot be traced"),

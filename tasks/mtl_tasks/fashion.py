@@ -51,13 +51,13 @@ def _read(root: Path, train: bool):  # type: ignore[no-untyped-def]
     return data.data, data.targets
 
 
-@mtl.register_task("fashion_category")
-def fashion_category() -> mtl.Task:
+@mtl.register_task("fashion_category", options=mtl.ClassificationOptions)
+def fashion_category(options: mtl.ClassificationOptions) -> mtl.Task:
     """Which of ten kinds of garment."""
-    return mtl.Task(dataset="fashion_mnist", target="category", head=mtl.Classification(CATEGORIES))
+    return mtl.Task("fashion_mnist", "category", mtl.Classification(CATEGORIES, **dict(options)))
 
 
-@mtl.register_task("fashion_group")
-def fashion_group() -> mtl.Task:
+@mtl.register_task("fashion_group", options=mtl.ClassificationOptions)
+def fashion_group(options: mtl.ClassificationOptions) -> mtl.Task:
     """Shoes, for women, or other."""
-    return mtl.Task(dataset="fashion_mnist", target="group", head=mtl.Classification(GROUPS))
+    return mtl.Task("fashion_mnist", "group", mtl.Classification(GROUPS, **dict(options)))

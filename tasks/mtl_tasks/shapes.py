@@ -1,7 +1,8 @@
-"""`shapes`: small drawn pictures with four labels each, for use without any download.
+"""`shapes`: small drawn pictures with several labels each, for use without any download.
 
 Every picture shows one to four copies of one shape, in one colour and one size, partly hidden by each other, over a shaded
-background with clutter and noise. Tasks: kind of shape, colour, count, size. They are not independent: some kinds prefer some
+background with clutter and noise. Tasks: kind of shape, colour and size (classification), count (ordinal), radius (regression)
+and four traits that may come together (multi-label). They are not independent: some kinds prefer some
 colours, and many shapes are rarely large, so that one task's features tell something about another's label. They are not
 trivial either: colours overlap, small shapes are a few pixels wide, and copies occlude each other.
 
@@ -22,6 +23,7 @@ KINDS = ("disc", "square", "triangle", "cross", "ring", "star")
 COLOURS = ("red", "orange", "green", "cyan", "blue", "purple")
 COUNTS = ("one", "two", "three", "four")
 SIZES = ("small", "medium", "large")
+TRAITS = ("warm", "round", "lit from left", "lit from above")
 
 SIDE = 32
 """Height and width of a picture, pixels."""
@@ -52,7 +54,8 @@ class ShapesOptions(mtl.Options):
 def shapes(split: mtl.Split, root: Path, options: ShapesOptions) -> mtl.ArrayDataset:
     """uint8 (N, 3, 32, 32), the same for the same options on every machine with the same NumPy; nothing is read or written.
 
-    Targets: `kind` (0 to 5), `colour` (0 to 5), `count` (0 to 3, one less than the number), `size` (0 to 2).
+    Targets: `kind` (0 to 5), `colour` (0 to 5), `count` (0 to 3, one less than the number), `size` (0 to 2), `radius` (pixels)
+    and `traits` (N, 4): a warm colour, a round shape, a background that is brighter on the left, one brighter at the top.
     """
     count, stream = (options.train, 0) if split == mtl.Split.TRAIN else (options.test, 1)
     random = np.random.Generator(np.random.PCG64([options.seed, stream]))
@@ -61,7 +64,10 @@ def shapes(split: mtl.Split, root: Path, options: ShapesOptions) -> mtl.ArrayDat
         paint({name: label[i : i + CHUNK] for name, label in labels.items()}, options.noise, random)
         for i in range(0, count, CHUNK)
     ]
-    return mtl.ArrayDataset(np.concatenate(pieces), labels)
+    images, radius, ramp = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    warm, round_ = np.isin(labels["colour"], (0, 1, 5)), np.isin(labels["kind"], (0, 4))
+    traits = np.stack([warm, round_, ramp[:, 0] < 0, ramp[:, 1] < 0], axis=1)
+    return mtl.ArrayDataset(images, {**labels, "radius": radius, "traits": traits})
 
 
 def draw_labels(n: int, random: np.random.Generator) -> dict[str, NDArray[np.int64]]:
@@ -75,8 +81,10 @@ def draw_labels(n: int, random: np.random.Generator) -> dict[str, NDArray[np.int
     return {"kind": kind, "colour": colour, "count": count, "size": size}
 
 
-def paint(labels: dict[str, NDArray[np.int64]], noise: float, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Pictures (N, 3, 32, 32) of these labels."""
+def paint(
+    labels: dict[str, NDArray[np.int64]], noise: float, random: np.random.Generator
+) -> tuple[NDArray[np.uint8], Array, Array]:
+    """Pictures (N, 3, 32, 32) of these labels, the radius of their shapes (N,), and how shading rises along x and y (N, 2)."""
     n = len(labels["kind"])
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     ramp = random.uniform(-2.0, 2.0, (n, 2, 1, 1)).astype(np.float32)
@@ -97,7 +105,7 @@ def paint(labels: dict[str, NDArray[np.int64]], noise: float, random: np.random.
         mask *= (labels["count"] >= i)[:, None, None]
         blend(canvas, mask, tint * random.uniform(0.85, 1.15, (n, 1)))
     canvas += random.normal(0, noise, canvas.shape).astype(np.float32)
-    return np.clip(canvas, 0, 255).astype(np.uint8)
+    return np.clip(canvas, 0, 255).astype(np.uint8), radius, ramp[:, :, 0, 0]
 
 
 def spread(n: int, places: int, random: np.random.Generator) -> Array:
@@ -152,29 +160,37 @@ def blend(canvas: Array, mask: Array, colour: Array) -> None:
     canvas += mask[:, None] * (colour[:, :, None, None] - canvas)
 
 
-def _task(target: str, classes: tuple[str, ...]) -> mtl.Task:
-    return mtl.Task(dataset="shapes", target=target, head=mtl.Classification(classes))
-
-
-@mtl.register_task("shapes_kind")
-def shapes_kind() -> mtl.Task:
+@mtl.register_task("shapes_kind", options=mtl.ClassificationOptions)
+def shapes_kind(options: mtl.ClassificationOptions) -> mtl.Task:
     """Which of six shapes."""
-    return _task("kind", KINDS)
+    return mtl.Task("shapes", "kind", mtl.Classification(KINDS, **dict(options)))
 
 
-@mtl.register_task("shapes_colour")
-def shapes_colour() -> mtl.Task:
+@mtl.register_task("shapes_colour", options=mtl.ClassificationOptions)
+def shapes_colour(options: mtl.ClassificationOptions) -> mtl.Task:
     """Which of six colours."""
-    return _task("colour", COLOURS)
+    return mtl.Task("shapes", "colour", mtl.Classification(COLOURS, **dict(options)))
+
+
+@mtl.register_task("shapes_size", options=mtl.ClassificationOptions)
+def shapes_size(options: mtl.ClassificationOptions) -> mtl.Task:
+    """Small, medium or large."""
+    return mtl.Task("shapes", "size", mtl.Classification(SIZES, **dict(options)))
 
 
 @mtl.register_task("shapes_count")
 def shapes_count() -> mtl.Task:
-    """One to four."""
-    return _task("count", COUNTS)
+    """One to four copies, in that order."""
+    return mtl.Task("shapes", "count", mtl.Ordinal(COUNTS))
 
 
-@mtl.register_task("shapes_size")
-def shapes_size() -> mtl.Task:
-    """Small, medium or large."""
-    return _task("size", SIZES)
+@mtl.register_task("shapes_radius")
+def shapes_radius() -> mtl.Task:
+    """How large the shapes are, pixels."""
+    return mtl.Task("shapes", "radius", mtl.Regression(unit="px"))
+
+
+@mtl.register_task("shapes_traits")
+def shapes_traits() -> mtl.Task:
+    """Which of four traits, in any combination."""
+    return mtl.Task("shapes", "traits", mtl.MultiLabel(TRAITS))

@@ -1,0 +1,138 @@
+"""Warm start: towers that begin with the weights of another run, or of a file, as the paper starts from single-task networks.
+
+A run knows a task's weights by their names in the plain network, whatever shared what when they were trained: a tower is the
+trunk's part and the task's own, put together. Weights are safetensors; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mtl.checkpoint import load_state, read_weights
+from mtl.config import InitFrom
+from mtl.errors import ConfigError, RunError, unknown
+from mtl.model import MultiTaskModel
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a task starts from: its plain network's weights by name, and its head's where the source is a run that has it."""
+
+    where: str
+    network: dict[str, Tensor]
+    head: dict[str, Tensor] | None
+
+
+def located(task: str, given: InitFrom) -> InitFrom:
+    """`given` with its path made absolute and the digest of its file, so that a config says which weights were meant.
+
+    Raises:
+        ConfigError: nothing there, or a file that is no longer the one whose digest the config holds.
+    """
+    path = given.path.absolute()
+    file = _file(path, given.weights)
+    if not file.is_file():
+        what = "no such file or run" if not path.exists() else "a run directory without these weights"
+        raise ConfigError([f"init_from.{task}: {str(path)!r}: {what}; give a run directory or a .safetensors file"])
+    with open(file, "rb") as stream:
+        digest = file_digest(stream, "sha256").hexdigest()[:12]
+    if given.digest is not None and digest != given.digest:
+        raise ConfigError(
+            [
+                f"init_from.{task}: {str(file)!r} has digest {digest}, and the config was made for {given.digest}; remove the "
+                "digest if these weights are meant"
+            ]
+        )
+    return given.model_copy(update={"path": path, "digest": digest})
+
+
+def _file(path: Path, weights: str) -> Path:
+    return path / "checkpoints" / f"{weights}.safetensors" if path.is_dir() else path
+
+
+def source(task: str, given: InitFrom) -> Source:
+    """The weights that `task` starts from.
+
+    Raises:
+        ConfigError: the run trained several tasks, and not this one; RunError: damaged.
+    """
+    file = _file(given.path, given.weights)
+    if not given.path.is_dir():
+        return Source(str(file), _plain_file(file), None)
+    state, description = read_weights(file)
+    trained = [one["name"] for one in description["tasks"]]
+    name = task if task in trained else trained[0]
+    if task not in trained and len(trained) > 1:
+        raise ConfigError([f"init_from.{task}: {str(given.path)!r}: {unknown('task', task, trained)}"])
+    network = {**_under("trunk", state), **_under(f"towers.{name}", state)}
+    return Source(str(file), network, _under(f"heads.{name}", state) if name == task else None)
+
+
+def _plain_file(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"weights {str(file)!r} are no readable safetensors file: {error}") from error
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix + "."): value for name, value in state.items() if name.startswith(prefix + ".")}
+
+
+def start_from(model: MultiTaskModel, sources: Mapping[str, Source]) -> None:
+    """Load each task's source into its tower, and into its head where the source has one that fits.
+
+    A trunk that all tasks share can start from one source alone.
+
+    Raises:
+        ConfigError: weights of another network, or several sources for one trunk; nothing is loaded then.
+    """
+    if model.trunk is not None and len(sources) > 1:
+        raise ConfigError(
+            [f"init_from: these tasks share a trunk, which can start from one of them; found {', '.join(sources)}; name one"]
+        )
+    loads: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    for task, found in sources.items():
+        parts = [*([model.trunk] if model.trunk is not None else []), *([model.towers[task]] if task in model.towers else [])]
+        wanted: dict[str, tuple[int, ...]] = {}
+        for part in parts:
+            wanted |= {name: tuple(value.shape) for name, value in part.state_dict().items()}
+        check_fits(task, found, wanted, parts)
+        loads += [(part, {name: found.network[name] for name in part.state_dict()}) for part in parts]
+        head = model.heads[task]
+        if found.head is not None and _shapes(found.head) == _shapes(head.state_dict()):
+            loads.append((head, found.head))
+    for module, state in loads:
+        load_state(module, state)
+
+
+def check_fits(task: str, found: Source, wanted: Mapping[str, tuple[int, ...]], parts: list[nn.Module]) -> None:
+    """Refuse weights of another network. What belongs to a classifier that the backbone left out is no objection.
+
+    Raises:
+        ConfigError: with the first names that are missing, of another shape or unknown.
+    """
+    missing = [name for name in wanted if name not in found.network]
+    misfits = [name for name in wanted if name in found.network and tuple(found.network[name].shape) != wanted[name]]
+    extra = [name for name in found.network if name not in wanted and not _left_out(name, parts)]
+    if missing or misfits or extra:
+        problems = ((missing, "missing"), (misfits, "of another shape"), (extra, "unknown"))
+        counts = ", ".join(f"{len(names)} {what} ({names[0]}, ...)" for names, what in problems if names)
+        raise ConfigError([f"init_from.{task}: {found.where!r} holds weights of another network: {counts}"])
+
+
+def _left_out(name: str, parts: list[nn.Module]) -> bool:
+    module = name.rpartition(".")[0]
+    return any(isinstance(dict(part.named_modules()).get(module), nn.Identity) for part in parts)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
