@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from mtl.optim import OptimConfig as OptimConfig
     from mtl.options import Options as Options
     from mtl.ordinal import Ordinal as Ordinal
+    from mtl.prediction import Predictions as Predictions
+    from mtl.prediction import load_model as load_model
+    from mtl.prediction import predict as predict
     from mtl.progress import for_terminal as for_terminal
     from mtl.registry import load_plugin_file as load_plugin_file
     from mtl.registry import register_backbone as register_backbone
@@ -73,6 +76,7 @@ _HOME = {
     "optim": ("OptimConfig",),
     "options": ("Options",),
     "ordinal": ("Ordinal",),
+    "prediction": ("Predictions", "load_model", "predict"),
     "progress": ("for_terminal",),
     "registry": (
         "load_plugin_file",

@@ -29,6 +29,7 @@ from mtl.optim import L2, make_optimizer, make_schedule
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.rundir import make_directory, refuse_to_overwrite
+from mtl.sharing import Sharing
 from mtl.standardize import Standardize
 from mtl.task import Task, make_task
 from mtl.tracking import Rows, TensorBoard
@@ -60,7 +61,7 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     tasks = make_tasks(config)
     samples = load_data(config, tasks)
     tasks = fit_heads(tasks, samples[Split.TRAIN])
-    model = make_model(config, tasks, input_shape(samples[Split.TRAIN]))
+    model = model_of(config, tasks, input_shape(samples[Split.TRAIN]))
     for name, standardize in model.inputs.items():
         assert isinstance(standardize, Standardize)
         standardize.fit(samples[Split.TRAIN][name])
@@ -103,26 +104,38 @@ def resolved(config: RunConfig) -> RunConfig:
     device: CUDA where there is one, else the CPU. precision: bf16 on a CUDA device of compute capability 8 or more and on CPUs
     with bf16 instructions (AVX512-BF16, AMX), else fp32.
     """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros((), device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"device: {name!r} cannot be used here: {reason}; use auto or cpu"]) from None
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if computes_in_bf16(torch.device(name)) else "fp32"
+    name, precision = usable(config.device, config.precision)
     data = config.data.model_copy(update={"root": data_root(config.data.root).absolute()})
     starts = {task: located(task, given) for task, given in config.init_from.items()}
     return config.replaced(device=name, precision=precision, data=data, init_from=starts)
 
 
+def usable(device: str, precision: str) -> tuple[str, str]:
+    """Device and precision, `auto` replaced by the rules of `resolved`.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"device: {device!r} cannot be used here: {reason}; use auto or cpu"]) from None
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(torch.device(device)) else "fp32"
+    return device, precision
+
+
 def autocast(config: RunConfig) -> Callable[[], AbstractContextManager[Any]]:
     """Makes the context in which forward passes run."""
-    enabled = config.precision == "bf16"
-    return partial(torch.autocast, torch.device(config.device).type, dtype=torch.bfloat16, enabled=enabled)
+    return autocast_for(torch.device(config.device).type, config.precision)
+
+
+def autocast_for(device_type: str, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context in which forward passes run in this precision."""
+    return partial(torch.autocast, device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def make_tasks(config: RunConfig) -> list[Task]:
@@ -174,12 +187,27 @@ def input_shape(training: Mapping[str, Samples]) -> tuple[int, ...]:
     return first
 
 
-def make_model(config: RunConfig, tasks: list[Task], shape: tuple[int, ...], pretrained: bool = True) -> MultiTaskModel:
+def model_of(config: RunConfig, tasks: list[Task], shape: tuple[int, ...], pretrained: bool = True) -> MultiTaskModel:
+    """The network of a config, for samples of `shape`."""
+    data = config.data.standardize
+    return make_model(tasks, shape, config.backbone, config.sharing, data, config.seed, config.device, pretrained)
+
+
+def make_model(
+    tasks: Sequence[Task],
+    shape: tuple[int, ...],
+    backbone: Choice,
+    sharing: Sharing,
+    standardize: str,
+    seed: int,
+    device: str,
+    pretrained: bool,
+) -> MultiTaskModel:
     """The network on its device, for samples of `shape`; standardisation is not fitted yet."""
-    make = backbone_maker(BACKBONES.get(config.backbone.name), shape, config.backbone.options)
-    inputs = {name: Standardize(shape, config.data.standardize) for name in sorted({task.dataset for task in tasks})}
-    model = MultiTaskModel(tasks, make, config.sharing, inputs, shape, config.seed, pretrained)
-    return model.to(device=config.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    make = backbone_maker(BACKBONES.get(backbone.name), shape, backbone.options)
+    inputs = {name: Standardize(shape, standardize) for name in sorted({task.dataset for task in tasks})}
+    model = MultiTaskModel(tasks, make, sharing, inputs, shape, seed, pretrained)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def make_balancer(choice: Choice, tasks: list[Task]) -> Balancer:
@@ -220,7 +248,7 @@ def evaluate_run(
     samples = load_data(config, tasks, [Split(split)])[Split(split)]
     if not samples:
         raise DataError(f"this run has no {split} split")
-    model = make_model(config, tasks, input_shape(samples), pretrained=False)
+    model = model_of(config, tasks, input_shape(samples), pretrained=False)
     load_weights(file, model)
     figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}

@@ -44,7 +44,12 @@ class _Entry(Options):
     weight: float | None = Field(None, gt=0)
 
 
-def _choose(registry: Registry, value: Any) -> Choice:
+def choose(registry: Registry, value: Any) -> Choice:
+    """A name, or a mapping with a name and options -> the registered thing with its validated options.
+
+    Raises:
+        ValueError, ValidationError: unknown or broken, or mistakes in its keys; for pydantic to collect.
+    """
     if isinstance(value, Choice) and value.options is not None:
         return value
     if isinstance(value, Choice):
@@ -100,7 +105,7 @@ class Registered:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            lambda value: _choose(self.registry, value),
+            lambda value: choose(self.registry, value),
             serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.dump()),
         )
 

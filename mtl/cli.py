@@ -1,4 +1,4 @@
-"""The command line: `mtl train`, `evaluate`, `tasks`, `backbones`, `config schema`.
+"""The command line: `mtl train`, `evaluate`, `predict`, `tasks`, `backbones`, `config schema`.
 
 A user error ends with exit status 2 and one message, never a traceback. With `--json` standard output holds exactly one JSON
 object and everything else goes to standard error. Heavy imports happen inside the commands, so that `mtl --help` is quick.
@@ -100,6 +100,45 @@ def evaluate(
         show({"run_dir": str(run), "split": split, "weights": weights, **figures}, as_json)
     else:
         print_figures({split: figures})
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Image files, folders of them, or arrays (.npy, .npz).")
+    ],
+    weights: Annotated[str, typer.Option(help="best or last")] = "best",
+    device: Annotated[str, typer.Option(help="As torch names it, or auto.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a table of comma-separated values on standard output.")] = False,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Labels and scores for images, per task. Files that cannot be read are listed and do not stop the others."""
+    from mtl.errors import ConfigError, DataError
+
+    if as_json and as_csv:
+        raise ConfigError(["--json and --csv exclude each other"], source="mtl predict")
+    with json_only(as_json or as_csv):
+        load_plugins(plugin)
+        from mtl.prediction import flat
+        from mtl.prediction import predict as run_on
+        from mtl.progress import for_terminal
+
+        found = run_on(run, paths, weights, device, batch_size, for_terminal())
+        for one in found.failed:
+            print(f"not read: {one['path']}: {one['reason']}", file=sys.stderr)
+        if not found.predictions:
+            raise DataError(f"none of {len(found.failed)} files could be read")
+    if as_json:
+        show(vars(found), as_json)
+    elif as_csv:
+        print_csv([flat(row) for row in found.predictions])
+    else:
+        for row in found.predictions:
+            named = " ".join(str(row[key]) for key in ("path", "index") if key in row)
+            print(named, *(f"{task}: {brief(said)}" for task, said in row["tasks"].items()), sep="  ")
 
 
 @app.command()
@@ -243,6 +282,23 @@ def list_names(origins: dict[str, str], what: str, as_json: bool) -> None:
     width = max(map(len, origins), default=0)
     for name, origin in origins.items():
         print(f"{name:{width}}  {origin}")
+
+
+def print_csv(rows: list[dict[str, Any]]) -> None:
+    """Rows with a header; a key that a row lacks is left empty."""
+    import csv
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def brief(said: dict[str, Any]) -> str:
+    """What a head decoded, in a few words: its values, nested ones left out."""
+    shown = [value for value in said.values() if not isinstance(value, dict)]
+    texts = [", ".join(v) or "none" if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in shown]
+    return " ".join(texts) or json.dumps(said)
 
 
 def print_result(result: dict[str, Any]) -> None:

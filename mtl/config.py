@@ -191,6 +191,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, not a mapping, or every mistake in it.
     """
+    tree = read_tree(path)
+    return from_tree(override(tree, overrides), source=str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, its keys not yet looked at.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -206,7 +216,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(["the file is empty"], source=str(path))
     if not isinstance(tree, dict):
         raise ConfigError([f"a config is a mapping of keys; found {type(tree).__name__}"], source=str(path))
-    return from_tree(override(tree, overrides), source=str(path))
+    return tree
 
 
 def from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:

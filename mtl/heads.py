@@ -8,7 +8,7 @@ alone, so any other kind of prediction is a subclass of `Head` in a plugin. Bund
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -72,7 +72,9 @@ class Head(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a reader of a checkpoint needs to know of this head, what was fitted included; plain enough for JSON."""
-        return {"head": type(self).__name__}
+        kind = type(self)
+        bundled = kind.__module__.startswith("mtl.")
+        return {"head": kind.__name__ if bundled else f"{kind.__module__}:{kind.__qualname__}"}
 
     def restored(self, description: dict[str, Any]) -> Self:
         """The head as it was when it wrote `description`, so that a run can be scored without its training data."""
@@ -88,10 +90,16 @@ class DataclassHead(Head):
 
     def restored(self, description: dict[str, Any]) -> Self:
         """A head of this kind with the fields of `description`."""
-        return type(self)(**{name: description[name] for name in self._fields()})
+        return self.restored_from(description)
 
-    def _fields(self) -> list[str]:
-        return [field.name for field in fields(self)]  # type: ignore[arg-type]
+    @classmethod
+    def restored_from(cls, description: Mapping[str, Any]) -> Self:
+        """A head of this kind with the fields of `description`."""
+        return cls(**{name: description[name] for name in cls._fields()})
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
 
 
 class FeatureHead(nn.Sequential):

@@ -29,12 +29,12 @@ class Progress(ABC):
         self._shown = time.monotonic()
 
     @abstractmethod
-    def begin(self, epoch: int, epochs: int, steps: int) -> None:
-        """An epoch of `steps` steps begins."""
+    def begin(self, title: str, steps: int) -> None:
+        """A piece of work of `steps` steps begins: an epoch, say."""
 
     @abstractmethod
     def step(self, done: int, figures: Mapping[str, float] | None) -> None:
-        """`done` steps of the epoch are done; figures (losses, images per second) where they were due."""
+        """`done` steps of it are done; figures (losses, images per second) where they were due."""
 
     @abstractmethod
     def line(self, text: str) -> None:
@@ -53,7 +53,7 @@ class Silent(Progress):
     def due(self) -> bool:
         return False
 
-    def begin(self, epoch: int, epochs: int, steps: int) -> None:
+    def begin(self, title: str, steps: int) -> None:
         return
 
     def step(self, done: int, figures: Mapping[str, float] | None) -> None:
@@ -68,8 +68,8 @@ class Plain(Progress):
 
     seconds_between_updates = 20.0
 
-    def begin(self, epoch: int, epochs: int, steps: int) -> None:
-        self._where = f"epoch {epoch}/{epochs}"
+    def begin(self, title: str, steps: int) -> None:
+        self._where = title
         self._steps = steps
         self.shown()
 
@@ -101,8 +101,8 @@ class Bar(Progress):
         )
         self._id = self._bar.add_task("starting", total=None, figures="")
 
-    def begin(self, epoch: int, epochs: int, steps: int) -> None:
-        self._bar.reset(self._id, description=f"epoch {epoch}/{epochs}", total=steps)
+    def begin(self, title: str, steps: int) -> None:
+        self._bar.reset(self._id, description=title, total=steps)
 
     def step(self, done: int, figures: Mapping[str, float] | None) -> None:
         self._bar.update(self._id, completed=done)

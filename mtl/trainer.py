@@ -207,7 +207,7 @@ def train_and_validate(run: Run, state: State) -> None:
     state.epoch = epoch
     log_epoch(run, state, trained, figures, score)
     log_exchange(run, state.steps, pictures=epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
-    description = {**describe(run.model), "epoch": epoch}
+    description = {**describe(run), "epoch": epoch}
     save_weights(run.directory / "checkpoints" / "last.safetensors", run.model, description)
     if score is None or score > state.best_score:  # without validation data the last epoch is the choice
         state.best_epoch = epoch
@@ -246,7 +246,7 @@ def train_epoch(run: Run, epoch: int, most: int = sys.maxsize) -> Trained:
     sums = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
     labels: list[int | Tensor] = [0] * len(run.model.tasks)
     rates: dict[str, float] = {}
-    run.progress.begin(epoch, run.config.epochs, min(most, run.feed.steps_per_epoch))
+    run.progress.begin(f"epoch {epoch}/{run.config.epochs}", min(most, run.feed.steps_per_epoch))
     for step in itertools.islice(run.feed.epoch(epoch), most):
         rates = {group["name"]: float(group["lr"]) for group in run.optimizer.param_groups}
         size = sum(len(batch) for batches in step for batch in batches)
@@ -284,9 +284,11 @@ def score_split(run: Run, split: Split) -> tuple[dict[str, TaskFigures], float |
     return figures, mean_score(run.model.tasks, figures)
 
 
-def describe(model: MultiTaskModel) -> dict[str, Any]:
-    """What a reader of weights needs beside them: tasks in order, with dataset, target and head."""
-    return {"tasks": [{"name": t.name, "dataset": t.dataset, "target": t.target, **t.head.describe()} for t in model.tasks]}
+def describe(run: Run) -> dict[str, Any]:
+    """What a reader of weights needs beside them: tasks in order, with dataset, target and head, and what the network takes."""
+    tasks = [{"name": t.name, "dataset": t.dataset, "target": t.target, **t.head.describe()} for t in run.model.tasks]
+    images = next(iter(run.samples[Split.TRAIN].values())).images
+    return {"tasks": tasks, "input": {"shape": list(images.shape[1:]), "dtype": str(images.dtype).removeprefix("torch.")}}
 
 
 def log_epoch(run: Run, state: State, trained: Trained, figures: Mapping[str, TaskFigures], score: float | None) -> None:

@@ -24,6 +24,7 @@ RANK = {
     "tracking": 0,
     "units": 0,
     "checkpoint": 1,
+    "images": 1,
     "metrics": 1,
     "options": 1,
     "registry": 1,
@@ -51,8 +52,9 @@ RANK = {
     "warm_start": 7,
     "trainer": 8,
     "build": 9,
-    "cli": 10,
-    "__main__": 11,
+    "prediction": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 """A module imports from lower ranks only; `__init__` is exempt, since its table imports nothing until it is used."""
 

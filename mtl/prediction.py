@@ -1,0 +1,284 @@
+"""Prediction: what a run says about images, folders of images and arrays.
+
+A run directory is all that is needed: the weights file holds the class names, the standardisation and the shape of the input,
+`config.yaml` the network. Plugins are asked only for what is their own code: a backbone, an exchange unit, a custom head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl.build import autocast_for, make_model, usable
+from mtl.checkpoint import load_weights, read_description
+from mtl.choices import choose, choose_sharing
+from mtl.classification import Classification
+from mtl.config import read_tree
+from mtl.data import ArrayDataset
+from mtl.errors import ConfigError, DataError, MTLError, PluginError, RunError, unknown
+from mtl.heads import DataclassHead, Head
+from mtl.images import SUFFIXES, read_image, resized
+from mtl.model import MultiTaskModel
+from mtl.multilabel import MultiLabel
+from mtl.ordinal import Ordinal
+from mtl.progress import Progress, Silent
+from mtl.registry import BACKBONES, TASKS
+from mtl.regression import Regression
+from mtl.task import Task, make_task
+
+BUNDLED: dict[str, type[DataclassHead]] = {kind.__name__: kind for kind in (Classification, MultiLabel, Ordinal, Regression)}
+"""Heads that a description alone brings back."""
+ARRAYS = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run says.
+
+    `predictions` holds one mapping per sample, in the order given: `path` (of a file), `index` (of a sample within an array)
+    and `tasks`, task name -> what its head decodes. `failed` holds the files that could not be read: `path` and `reason`.
+    """
+
+    run_dir: str
+    weights: str
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's network on its device, in evaluation mode, and what it takes.
+
+    `shape` is of one sample, (C, H, W) or (D,); `dtype` that of the training data, which images of files must share.
+    """
+
+    model: MultiTaskModel
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    precision: str
+
+
+def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto") -> Restored:
+    """The network of a run, restored from its directory alone.
+
+    Args:
+        run_dir: of a finished or interrupted run.
+        weights: "best" or "last".
+        device: as torch names it, or "auto".
+
+    Raises:
+        MTLError: not a run, no weights yet, or a plugin that the network needs is not there.
+    """
+    directory = Path(run_dir)
+    if not (directory / "config.yaml").is_file():
+        raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
+    if weights not in ("best", "last"):
+        raise ConfigError([unknown("weights", weights, ("best", "last"))])
+    tree = read_tree(directory / "config.yaml")
+    file = directory / "checkpoints" / f"{weights}.safetensors"
+    description = read_description(file)
+    tasks = [restored_task(one, tree) for one in description["tasks"]]
+    name, precision = usable(device, tree["precision"])
+    try:
+        backbone, sharing = choose(BACKBONES, tree["backbone"]), choose_sharing(tree["sharing"])
+    except ValueError as error:
+        raise RunError(f"the network of {str(directory)!r} cannot be built here: {error}") from error
+    shape = tuple(description["input"]["shape"])
+    standardize = tree["data"]["standardize"]
+    model = make_model(tasks, shape, backbone, sharing, standardize, tree["seed"], name, pretrained=False)
+    load_weights(file, model)
+    dtype = getattr(torch, description["input"]["dtype"])
+    return Restored(model.eval(), shape, dtype, torch.device(name), precision)
+
+
+def restored_task(described: Mapping[str, Any], tree: Mapping[str, Any]) -> Task:
+    """A task as a weights file describes it. A head of its own comes from its plugin.
+
+    Raises:
+        PluginError: the plugin with that head is not there.
+    """
+    name, kind = described["name"], described["head"]
+    if kind in BUNDLED:
+        head: Head = BUNDLED[kind].restored_from(described)
+    else:
+        try:
+            given = next(one for one in tree["tasks"] if one == name or one["name"] == name)
+            choice = choose(TASKS, given)
+            head = make_task(name, choice.options).head.restored(dict(described))  # type: ignore[arg-type]
+        except (MTLError, ValueError) as error:
+            raise PluginError(
+                f"task {name!r} has a head of its own, {kind}, and so needs its plugin, installed or by --plugin FILE.py: "
+                f"{error}"
+            ) from error
+    return Task(described["dataset"], described["target"], head, name=name)
+
+
+def predict(
+    run_dir: str | Path,
+    inputs: Sequence[str | Path | np.ndarray[Any, Any] | Tensor],
+    weights: str = "best",
+    device: str = "auto",
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Predictions:
+    """What a run says about these inputs, batch after batch.
+
+    Args:
+        run_dir: of the run.
+        inputs: image files (JPEG, PNG), folders of them (searched whole), .npy or .npz files, or arrays (N, *shape). Images of
+            files are resized to the run's input; arrays must have its shape and dtype.
+        weights: "best" or "last".
+        device: as torch names it, or "auto".
+        batch_size: images at a time.
+        progress: what to show meanwhile; None: nothing.
+
+    Raises:
+        MTLError: not a run, an input that does not exist, an array of another shape. A single file that cannot be read is no
+            error: it is listed in `failed`.
+    """
+    if batch_size < 1:
+        raise ConfigError([f"batch_size={batch_size} must be at least 1"])
+    run = load_model(run_dir, weights, device)
+    result = Predictions(str(run_dir), weights)
+    wanted = [source for given in inputs for source in _sources(given, run)]
+    with progress or Silent() as shown:
+        total = sum(len(source) for source in wanted)
+        shown.begin("predicting", total)
+        for rows, x in _batches(wanted, batch_size, run, result.failed):
+            decoded = _decoded(run, x)
+            result.predictions.extend({**row, "tasks": said} for row, said in zip(rows, decoded, strict=True))
+            shown.step(len(result.predictions) + len(result.failed), None)
+    return result
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One image file, or an array of samples."""
+
+    path: str | None
+    samples: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 1 if self.samples is None else len(self.samples)
+
+
+def _sources(given: Any, run: Restored) -> Iterator[_Source]:
+    if not isinstance(given, str | Path):
+        yield _Source(None, _samples(given, "the array", run))
+        return
+    path = Path(given)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"no images in folder {str(path)!r}; their names end in {', '.join(SUFFIXES)}")
+        _need_images(run)
+        yield from (_Source(str(file)) for file in files)
+    elif not path.exists():
+        raise DataError(f"no such file or folder: {str(path)!r}")
+    elif path.suffix.lower() in ARRAYS:
+        yield _Source(str(path), _samples(_array(path), str(path), run))
+    else:
+        _need_images(run)
+        yield _Source(str(path))
+
+
+def _need_images(run: Restored) -> None:
+    if len(run.shape) != 3 or run.shape[0] not in (1, 3) or run.dtype != torch.uint8:
+        raise DataError(
+            f"this run takes {str(run.dtype).removeprefix('torch.')} samples of shape {run.shape}, which image files do not "
+            "give; prepare arrays as for training and give them as .npy"
+        )
+
+
+def _array(path: Path) -> np.ndarray[Any, Any]:
+    try:
+        found = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
+        if isinstance(found, np.ndarray):
+            return found
+        with found:
+            names = found.files
+            if "images" not in names and len(names) != 1:
+                raise DataError(f"{str(path)!r} holds several arrays and none called 'images': {', '.join(names)}")
+            array: np.ndarray[Any, Any] = found["images" if "images" in names else names[0]]
+            return array
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{str(path)!r} is no readable array: {error}") from error
+
+
+def _samples(array: Any, where: str, run: Restored) -> Tensor:
+    try:
+        x = ArrayDataset(array, labels={}).images
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    if tuple(x.shape[1:]) != run.shape or x.dtype != run.dtype:
+        wanted, found = ((str(t).removeprefix("torch."), tuple(s)) for t, s in ((run.dtype, run.shape), (x.dtype, x.shape[1:])))
+        raise DataError(f"{where}: this run takes {wanted[0]} samples of shape {wanted[1]}; found {found[0]} {found[1]}")
+    return x
+
+
+def _batches(
+    sources: Sequence[_Source], batch_size: int, run: Restored, failed: list[dict[str, str]]
+) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    """Rows without their predictions, and a batch (B, *shape), B at most `batch_size`."""
+    rows: list[dict[str, Any]] = []
+    parts: list[Tensor] = []
+    for source in sources:
+        if source.samples is not None:
+            if parts:
+                yield rows, torch.stack(parts)
+                rows, parts = [], []
+            for i, piece in enumerate(source.samples.split(batch_size)):
+                named = {} if source.path is None else {"path": source.path}
+                yield [{**named, "index": i * batch_size + j} for j in range(len(piece))], piece
+            continue
+        assert source.path is not None
+        try:
+            image = read_image(Path(source.path), run.shape[0])
+        except DataError as error:
+            failed.append({"path": source.path, "reason": str(error)})
+            continue
+        rows.append({"path": source.path})
+        parts.append(resized(image, (run.shape[1], run.shape[2])))
+        if len(parts) == batch_size:
+            yield rows, torch.stack(parts)
+            rows, parts = [], []
+    if parts:
+        yield rows, torch.stack(parts)
+
+
+@torch.no_grad()
+def _decoded(run: Restored, x: Tensor) -> list[dict[str, Any]]:
+    """Task name -> what its head decodes, for each sample. Every dataset's tasks see the images as if they were its own."""
+    x = x.to(run.device)
+    of_task: dict[str, list[dict[str, Any]]] = {}
+    for dataset in run.model.inputs:
+        with autocast_for(run.device.type, run.precision)():
+            outputs = run.model({dataset: x}).outputs
+        of_task |= {task.name: task.head.decode(outputs[task.name]) for task in run.model.present([dataset])}
+    return [{task.name: of_task[task.name][i] for task in run.model.tasks} for i in range(len(x))]
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prediction as one level of columns: `path`, `index`, `<task>.<key>`, `<task>.<key>.<class>`; lists joined by `;`."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield prefix, ";".join(map(str, value)) if isinstance(value, list) else value
+
+    named = {key: row[key] for key in ("path", "index") if key in row}
+    return {key: _inert(value) for key, value in {**named, **dict(walk("", row["tasks"]))}.items()}
+
+
+def _inert(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula, made plain text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
