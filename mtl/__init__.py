@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mtl.config import InitFrom as InitFrom
     from mtl.config import RunConfig as RunConfig
     from mtl.config import load as _load
+    from mtl.conformance import Check as Check
+    from mtl.conformance import check_task as check_task
     from mtl.cross_stitch import CrossStitch as CrossStitch
     from mtl.cross_stitch import CrossStitchUnit as CrossStitchUnit
     from mtl.data import ArrayDataset as ArrayDataset
@@ -67,6 +69,7 @@ _HOME = {
     "build": ("dry_run", "evaluate_run", "train"),
     "classification": ("Classification", "ClassificationOptions"),
     "config": ("DataConfig", "InitFrom", "RunConfig", "load_config"),
+    "conformance": ("Check", "check_task"),
     "cross_stitch": ("CrossStitch", "CrossStitchUnit"),
     "data": ("ArrayDataset", "Split"),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),

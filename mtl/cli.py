@@ -1,4 +1,5 @@
-"""The command line: `mtl train`, `evaluate`, `predict`, `tasks`, `backbones`, `config schema`.
+"""The command line: `mtl train`, `evaluate`, `predict`, `check-plugin`, `tasks`, `backbones`,
+`config schema`.
 
 A user error ends with exit status 2 and one message, never a traceback. With `--json` standard output holds exactly one JSON
 object and everything else goes to standard error. Heavy imports happen inside the commands, so that `mtl --help` is quick.
@@ -162,6 +163,36 @@ def tasks(
     metrics = {m.name: {"better": m.better, "score": m.score} for m in task.all_metrics}
     about = {"name": name, "dataset": task.dataset, "target": task.target, "weight": task.weight, **task.head.describe()}
     show({**about, "metrics": metrics, "origin": TASKS.origins()[name]}, as_json)
+
+
+@app.command()
+def check_plugin(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Registered tasks.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="To try them on. Default: small_cnn for images, mlp for feature vectors.")
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the datasets. Default: MTL_DATA_ROOT, else ./data.")] = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Try out what tasks promise, and say what to mend. Exit status 1 where something does not hold."""
+    with json_only(as_json):
+        load_plugins(plugin)
+        from mtl.conformance import check_task
+
+        found = {name: check_task(name, data_root, backbone) for name in names}
+    sound = {name: all(check.ok for check in checks) for name, checks in found.items()}
+    if as_json:
+        tasks = {name: {"ok": sound[name], "checks": [vars(check) for check in checks]} for name, checks in found.items()}
+        show({"ok": all(sound.values()), "tasks": tasks}, as_json)
+    else:
+        marks = {True: "ok", False: "FAILED", None: "-"}
+        for name, checks in found.items():
+            print(f"{name}: {'conforms' if sound[name] else 'does not conform'}")
+            for check in checks:
+                print(f"  {marks[check.ok]:6}  {check.name:16}  {check.detail}")
+    if not all(sound.values()):
+        raise typer.Exit(1)
 
 
 @app.command()

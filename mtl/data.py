@@ -140,14 +140,14 @@ def load_splits(
     carve = validation and Split.VAL not in declared
     parts: dict[Split, ArrayDataset] = {}
     if Split.TRAIN in splits or (carve and Split.VAL in splits):
-        parts[Split.TRAIN] = _load(plugin, Split.TRAIN, root, options)
+        parts[Split.TRAIN] = load_dataset(plugin, Split.TRAIN, root, options)
         if carve:
             _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, "cpu")  # whole, so that positions are the plugin's own
             parts[Split.TRAIN], parts[Split.VAL] = _carve(name, parts[Split.TRAIN], validation, split_seed)
     if validation and not carve and Split.VAL in splits:
-        parts[Split.VAL] = _load(plugin, Split.VAL, root, options)
+        parts[Split.VAL] = load_dataset(plugin, Split.VAL, root, options)
     if Split.TEST in splits and Split.TEST in declared:
-        parts[Split.TEST] = _load(plugin, Split.TEST, root, options)
+        parts[Split.TEST] = load_dataset(plugin, Split.TEST, root, options)
     samples = {split: _check(name, split, parts[split], tasks, device) for split in splits if split in parts}
     described = {split: (part.shape, part.images.dtype) for split, part in samples.items()}
     if len(set(described.values())) > 1:
@@ -156,7 +156,12 @@ def load_splits(
     return samples
 
 
-def _load(plugin: Plugin, split: Split, root: Path, options: Options | None) -> ArrayDataset:
+def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | None) -> ArrayDataset:
+    """One split as the plugin gives it.
+
+    Raises:
+        DataError, PluginError: there is no such split, or the plugin failed; naming dataset and split.
+    """
     if split not in plugin.details["splits"]:
         raise DataError(f"{plugin}: " + unknown("split", split, plugin.details["splits"]))
     try:

@@ -52,6 +52,7 @@ RANK = {
     "warm_start": 7,
     "trainer": 8,
     "build": 9,
+    "conformance": 10,
     "prediction": 10,
     "cli": 11,
     "__main__": 12,
