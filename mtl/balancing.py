@@ -7,7 +7,7 @@ losses; the trainer cannot tell them apart.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -20,24 +20,42 @@ class Balancer(nn.Module, ABC):
     """Turns weighted task losses into gradients.
 
     A factory registered with `@mtl.register_balancer` is called with (tasks[, options]), the task names in order, and returns
-    one of these. Its parameters, if any, are optimised with the model's, without weight decay.
+    one of these. Its parameters, if any, are optimised with the model's, without weight decay, and saved beside its weights.
     """
 
     additive: ClassVar[bool] = False
     """Whether gradients of micro-batches add up to those of the whole; where not, `optim.accumulate` above 1 is refused."""
 
     @abstractmethod
-    def backward(self, losses: Tensor, features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]) -> Tensor:
+    def backward(
+        self, losses: Sequence[Tensor], features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]
+    ) -> Tensor:
         """Accumulate into `.grad` of every parameter that the losses depend on, this balancer's own included.
 
         Args:
-            losses: (T,), weighted task losses of one batch, with their graph.
+            losses: T scalars, the weighted task losses of one batch, with their graphs. They come apart, so that the derivative
+                of one need not walk through the heads of the others.
             features: T tensors, what the heads consume.
             shared_parameters: everything below `features`: trunk, towers and exchange units.
 
         Returns:
             The objective that was differentiated, a detached scalar.
         """
+
+    def after_step(self, losses: Callable[[], Tensor]) -> None:
+        """Called after every update.
+
+        Args:
+            losses: gives (T,), detached: the weighted losses of the same batch under the updated parameters. It costs a forward
+                pass, and only if called.
+        """
+
+    def after_epoch(self) -> None:
+        """Called at the end of every epoch of training, before validation."""
+
+    def optimised(self) -> Iterable[nn.Parameter]:
+        """Which of its parameters the run's optimizer steps: all, unless it steps some by itself."""
+        return self.parameters()
 
 
 class Scalarization(Balancer):
@@ -47,9 +65,11 @@ class Scalarization(Balancer):
     def combine(self, losses: Tensor) -> Tensor:
         """losses (T,) -> a scalar."""
 
-    def backward(self, losses: Tensor, features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]) -> Tensor:
+    def backward(
+        self, losses: Sequence[Tensor], features: Sequence[Tensor], shared_parameters: Sequence[nn.Parameter]
+    ) -> Tensor:
         """Differentiate `combine(losses)`."""
-        total = self.combine(losses)
+        total = self.combine(torch.stack(list(losses)))
         total.backward()
         return total.detach()
 

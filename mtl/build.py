@@ -70,7 +70,7 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     feed = Feed(samples[Split.TRAIN], config.batch_size, config.optim.accumulate, config.seed, config.data.augment)
     balancer = make_balancer(config.balancer, tasks).to(config.device)
     exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
-    optimizer = make_optimizer(config.optim, model, exchange, balancer, config.sharing.unit_lr_factor)
+    optimizer = make_optimizer(config.optim, model, exchange, balancer.optimised(), config.sharing.unit_lr_factor)
     total = min(feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
     if config.optim.accumulate > 1 and not balancer.additive:
         raise ConfigError(

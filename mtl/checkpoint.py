@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from mtl.errors import RunError
 
 FORMAT = "1"
+BALANCER = "balancer."
+"""How the names of a balancer's tensors begin, beside the model's."""
 
 
-def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Write the state of `model` and a JSON description (tasks, class names) to `path`, replacing it whole.
+def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any], balancer: nn.Module | None = None) -> None:
+    """Write the state of `model`, that of `balancer` and a JSON description (tasks, class names) to `path`, replacing it whole.
 
     Raises:
         RunError: the file cannot be written (a full disk, say).
@@ -26,7 +28,8 @@ def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any]) -
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    state = {**model.state_dict(), **_balancer_state(balancer)}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     try:
         save_file(state, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
         with open(temporary, "rb") as file:
@@ -37,24 +40,36 @@ def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any]) -
         raise RunError(f"cannot write weights {str(path)!r}: {error}") from error
 
 
-def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Read `path` into `model` and return its description.
+def load_weights(path: Path, model: nn.Module, balancer: nn.Module | None = None) -> dict[str, Any]:
+    """Read `path` into `model`, and into `balancer` where one is given, and return its description.
 
     Raises:
-        RunError: no such file, damaged, another format, or weights of another model; nothing is loaded then.
+        RunError: no such file, damaged, another format, or weights of another model or balancer; nothing is loaded then.
     """
     state, description = read_weights(path)
-    own = model.state_dict()
+    saved = {name.removeprefix(BALANCER): state.pop(name) for name in [*state] if name.startswith(BALANCER)}
+    _check_fit(path, "model", model, state)
+    if balancer is not None:
+        _check_fit(path, "balancer", balancer, saved)
+        load_state(balancer, saved)
+    load_state(model, state)
+    return description
+
+
+def _balancer_state(balancer: nn.Module | None) -> dict[str, Tensor]:
+    return {} if balancer is None else {f"{BALANCER}{name}": tensor for name, tensor in balancer.state_dict().items()}
+
+
+def _check_fit(path: Path, what: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    misfits = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    misfits = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     if missing or extra or misfits:
         first = (missing + extra + misfits)[0]
         raise RunError(
-            f"weights {str(path)!r} are of another model: {len(missing)} missing, {len(extra)} unknown, "
+            f"weights {str(path)!r} are of another {what}: {len(missing)} missing, {len(extra)} unknown, "
             f"{len(misfits)} of another shape; first: {first}"
         )
-    load_state(model, state)
-    return description
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -65,12 +65,17 @@ class OptimConfig(Options):
 
 
 def make_optimizer(
-    config: OptimConfig, model: nn.Module, exchange: Iterable[nn.Parameter], balancer: nn.Module, exchange_factor: float
+    config: OptimConfig,
+    model: nn.Module,
+    exchange: Iterable[nn.Parameter],
+    balancer: Iterable[nn.Parameter],
+    exchange_factor: float,
 ) -> torch.optim.Optimizer:
     """The optimizer over `model` and `balancer`, in named groups (`group["name"]`), empty ones left out.
 
     Args:
         exchange: parameters of `model` that belong to exchange units.
+        balancer: those of the balancer's own parameters that the optimizer is to step.
         exchange_factor: their learning rate over the base rate.
     """
     own = {id(p) for p in exchange}
@@ -85,7 +90,7 @@ def make_optimizer(
         else:
             group = "other"
         sorted_in[group].append(parameter)
-    sorted_in["balancer"] += list(balancer.parameters())
+    sorted_in["balancer"] += balancer
     decay = 0.01 if config.weight_decay is None else config.weight_decay
     groups = [
         {
@@ -124,6 +129,19 @@ def make_schedule(
         return after
     rising = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return lr_scheduler.SequentialLR(optimizer, [rising, after], milestones=[warmup])
+
+
+@torch.no_grad()
+def lay_out_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give each gradient the memory layout of its parameter, as `Tensor.backward` does and `torch.autograd.grad` need not.
+
+    The fused optimizers read both as flat arrays: on a channels-last weight, a gradient laid out otherwise updates the wrong
+    numbers, silently on the CPU.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 class L2:

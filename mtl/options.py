@@ -39,7 +39,8 @@ class Options(BaseModel):
         if line["type"] == "extra_forbidden" and len(where) == 1:
             message = unknown("key", str(where[0]), cls.model_fields)
         if line["type"] == "missing" and len(where) == 1:
-            message = f"required: {(cls.model_fields[str(where[0])].description or '').splitlines()[0]}"
+            about = (cls.model_fields[str(where[0])].description or "").strip().splitlines()
+            message = f"required: {about[0]}" if about else "required"
         return _line(line["type"], message, where, line["input"])
 
 

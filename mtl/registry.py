@@ -175,9 +175,8 @@ class Registry:
         except (Exception, SystemExit) as error:
             for registry, claims in before:  # what a module registered before it failed does not count
                 registry._claims = claims
-            raise PluginError(
-                f"{self.kind} {point.name!r} of {where} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+            reason = str(error) if isinstance(error, MTLError) else f"{type(error).__name__}: {error}"
+            raise PluginError(f"{self.kind} {point.name!r} of {where} cannot be loaded: {reason}") from error
         finally:
             self._loading = None
         if not any(claim.factory is target for claim in self._claims.get(point.name, [])):

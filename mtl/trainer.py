@@ -14,22 +14,24 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
 from mtl.balancing import Balancer
-from mtl.batches import Feed, Step
+from mtl.batches import Batch, Feed, Step
 from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
 from mtl.errors import RunError
 from mtl.evaluation import TaskFigures, evaluate, mean_score, summed_loss
-from mtl.model import MultiTaskModel
-from mtl.optim import L2
+from mtl.model import MultiTaskModel, Outputs
+from mtl.optim import L2, lay_out_gradients
 from mtl.progress import Progress
 from mtl.seeding import seeded
 from mtl.tracking import Rows, Tracker, draw_coupling
@@ -109,23 +111,48 @@ def train_step(run: Run, step: Step) -> Tensor:
     Returns:
         (T + 1,), detached, on the device: the unweighted loss of each task, and the objective that was differentiated.
     """
-    model, tasks = run.model, run.model.tasks
     expected = expected_labels(run, step)
-    total = torch.zeros(len(tasks) + 1, device=run.weights.device)
+    total = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
     for batches in step:
-        of = {batch.dataset: batch for batch in batches}
-        with run.autocast():
-            features, outputs = model({name: batch.images for name, batch in of.items()})
-        losses = torch.stack([summed_loss(t, outputs[t.name], of[t.dataset]) / n for t, n in zip(tasks, expected, strict=True)])
-        objective = run.balancer.backward(losses * run.weights, list(features.values()), run.shared_parameters)
-        total += torch.cat([losses.detach(), objective.reshape(1)])
+        features, losses = task_losses(run, run.model, batches, expected)
+        weighted = [loss * weight for loss, weight in zip(losses, run.weights, strict=True)]
+        objective = run.balancer.backward(weighted, features, run.shared_parameters)
+        total += torch.stack([*losses, objective.reshape(())]).detach()
     run.l2.add_gradients()
     if run.config.optim.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.parameters, run.config.optim.clip_norm)
+    lay_out_gradients(run.parameters)
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
+    run.balancer.after_step(partial(losses_again, run, step))
     return total
+
+
+def task_losses(
+    run: Run, forward: Callable[[dict[str, Tensor]], Outputs], batches: list[Batch], expected: list[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the heads consumed, and the unweighted loss of each task, a scalar over `expected` labels, for one micro-batch."""
+    of = {batch.dataset: batch for batch in batches}
+    with run.autocast():
+        features, outputs = forward({name: batch.images for name, batch in of.items()})
+    tasks = zip(run.model.tasks, expected, strict=True)
+    return list(features.values()), [summed_loss(task, outputs[task.name], of[task.dataset]) / n for task, n in tasks]
+
+
+@torch.no_grad()
+def losses_again(run: Run, step: Step) -> Tensor:
+    """(T,): the weighted losses of a step under the parameters as they are now, in training mode. Batch norm takes no note of
+    the pass; dropout draws anew.
+    """
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+
+    def forward(images: dict[str, Tensor]) -> Outputs:
+        return functional_call(run.model, buffers, (images,))  # type: ignore[no-any-return]
+
+    expected = expected_labels(run, step)
+    losses = [torch.stack(task_losses(run, forward, batches, expected)[1]) for batches in step]
+    return run.weights * torch.stack(losses).sum(0)
 
 
 def expected_labels(run: Run, step: Step) -> list[float]:
@@ -208,12 +235,12 @@ def train_and_validate(run: Run, state: State) -> None:
     log_epoch(run, state, trained, figures, score)
     log_exchange(run, state.steps, pictures=epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
     description = {**describe(run), "epoch": epoch}
-    save_weights(run.directory / "checkpoints" / "last.safetensors", run.model, description)
+    save_weights(run.directory / "checkpoints" / "last.safetensors", run.model, description, run.balancer)
     if score is None or score > state.best_score:  # without validation data the last epoch is the choice
         state.best_epoch = epoch
         if score is not None:
             state.best_score, state.best = score, {**figures, "score": score}
-        save_weights(run.directory / "checkpoints" / "best.safetensors", run.model, description)
+        save_weights(run.directory / "checkpoints" / "best.safetensors", run.model, description, run.balancer)
     run.progress.line(summary_line(run, epoch, trained, figures, score))
 
 
@@ -260,6 +287,7 @@ def train_epoch(run: Run, epoch: int, most: int = sys.maxsize) -> Trained:
             live["images/s"] = images / (time.monotonic() - started)
             run.progress.shown()
         run.progress.step(done, live)
+    run.balancer.after_epoch()
     losses = (sums / images).tolist()
     return Trained(done, images, time.monotonic() - started, losses, [int(n) for n in labels], rates)
 

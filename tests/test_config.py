@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 import yaml
 from conftest import TINY, TinyOptions
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import mtl
 from mtl.config import from_tree, json_schema, load, override
@@ -644,3 +644,11 @@ def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
     path.write_text("# nothing but a comment\n")
     with pytest.raises(mtl.ConfigError, match="the file is empty"):
         mtl.load_config(path)
+
+
+def test_a_required_key_without_a_description_is_asked_for() -> None:
+    class Bare(mtl.Options):
+        size: int
+
+    with pytest.raises(ValidationError, match="required"):
+        Bare.model_validate({})

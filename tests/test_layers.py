@@ -41,6 +41,7 @@ RANK = {
     "ordinal": 3,
     "regression": 3,
     "task": 3,
+    "torchjd_balancers": 3,
     "torchvision_backbones": 3,
     "data": 4,
     "batches": 5,

@@ -364,6 +364,13 @@ def test_broken_distribution_hurts_only_those_who_name_it(
     assert TASKS.get("tiny_a").create().dataset == "tiny"
 
 
+def test_distribution_that_says_what_would_work_is_quoted(add_distribution: AddDistribution) -> None:
+    source = "import mtl\nraise mtl.PluginError('libfoo is missing; install libfoo')"
+    add_distribution("fake_needy", source, {"mtl.tasks": {"fake_task": "{module}:task"}})
+    message = refusal(lambda: TASKS.get("fake_task"))
+    assert message == "task 'fake_task' of fake_needy 1.0 cannot be loaded: libfoo is missing; install libfoo"
+
+
 def test_broken_distribution_is_reported_by_a_config(add_distribution: AddDistribution, tiny_config: dict[str, Any]) -> None:
     add_distribution("fake_broken", "raise ImportError('no libfoo')", {"mtl.tasks": {"fake_task": "{module}:task"}})
     assert mtl.RunConfig(**tiny_config).tasks[0].name == "tiny_a"
