@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint plugin clean
 
 demo: $(VENV)/.installed  ## both arms of the two-task comparison, a few minutes on two cores
 	$(BIN)/python examples/fashion_two_task.py --quick
@@ -15,6 +15,9 @@ lint: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+plugin: $(VENV)/.installed  ## wheels of this project and of a third-party plugin, used in an environment of their own
+	bash tests/external_plugin/check.sh $(BIN)/python
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)
