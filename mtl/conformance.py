@@ -23,7 +23,7 @@ from torch import Tensor
 from mtl.batches import Batch
 from mtl.build import make_model
 from mtl.choices import choose
-from mtl.data import ArrayDataset, Samples, Split, data_root, fit_heads, load_dataset, load_splits
+from mtl.data import ArrayDataset, Samples, Split, checked_splits, data_root, fit_heads, load_dataset
 from mtl.errors import MTLError
 from mtl.evaluation import evaluate, summed_loss, try_tasks
 from mtl.metrics import score_of
@@ -36,7 +36,7 @@ from mtl.task import Task, make_task
 
 BATCH = 32
 """Labelled training samples that are overfitted."""
-STEPS = 200
+STEPS = 120
 RATE = 3e-3
 FALLS_TO = 0.25
 SCORES = 0.9
@@ -59,7 +59,7 @@ class _Subject:
     name: str
     root: Path
     backbone: str | None
-    parts: dict[str, ArrayDataset] = field(default_factory=dict)
+    parts: dict[Split, ArrayDataset] = field(default_factory=dict)
     task: Task | None = None
     samples: dict[Split, Samples] = field(default_factory=dict)
     model: MultiTaskModel | None = None
@@ -109,11 +109,11 @@ def _loads(of: _Subject) -> str:
 def _dataset(of: _Subject) -> str:
     assert of.task is not None
     plugin = DATASETS.get(of.task.dataset)
-    parts = {split: load_dataset(plugin, Split(split), of.root, None) for split in plugin.details["splits"]}
+    parts = {Split(name): load_dataset(plugin, Split(name), of.root, None) for name in plugin.details["splits"]}
     shapes = {(tuple(part.images.shape[1:]), part.images.dtype) for part in parts.values()}
     if len(shapes) > 1:
         raise _BrokenError(f"splits differ in shape or dtype: {shapes}; bring them to one")
-    of.parts = dict(parts)
+    of.parts = parts
     (shape, dtype) = shapes.pop()
     counts = ", ".join(f"{split} {len(part):,}" for split, part in parts.items())
     return f"{counts} samples of {str(dtype).removeprefix('torch.')} {shape}"
@@ -136,7 +136,7 @@ def _same_twice(of: _Subject) -> str:
 
 def _labels(of: _Subject) -> str:
     assert of.task is not None
-    parts = load_splits(of.task.dataset, [of.task], of.root, None, 0.2, 0, "cpu")
+    parts = checked_splits(of.task.dataset, of.parts, [of.task], 0.2, 0, "cpu")
     (of.task,) = fit_heads([of.task], {of.task.dataset: parts[Split.TRAIN]})
     of.samples = parts
     labelled = ", ".join(f"{split} {part.shares[of.name]:.0%}" for split, part in parts.items())

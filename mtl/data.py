@@ -137,17 +137,27 @@ def load_splits(
     declared = plugin.details["splits"]
     if Split.TRAIN not in declared or not set(declared) <= set(Split):
         raise PluginError(f"{plugin} declares splits {tuple(declared)}; they are train, and val and test where it has them")
-    carve = validation and Split.VAL not in declared
-    parts: dict[Split, ArrayDataset] = {}
-    if Split.TRAIN in splits or (carve and Split.VAL in splits):
-        parts[Split.TRAIN] = load_dataset(plugin, Split.TRAIN, root, options)
-        if carve:
-            _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, "cpu")  # whole, so that positions are the plugin's own
-            parts[Split.TRAIN], parts[Split.VAL] = _carve(name, parts[Split.TRAIN], validation, split_seed)
-    if validation and not carve and Split.VAL in splits:
-        parts[Split.VAL] = load_dataset(plugin, Split.VAL, root, options)
-    if Split.TEST in splits and Split.TEST in declared:
-        parts[Split.TEST] = load_dataset(plugin, Split.TEST, root, options)
+    needed = {split for split in splits if split in declared and (validation or split is not Split.VAL)}
+    if validation and Split.VAL in splits and Split.VAL not in declared:
+        needed.add(Split.TRAIN)
+    parts = {split: load_dataset(plugin, split, root, options) for split in Split if split in needed}
+    return checked_splits(name, parts, tasks, validation, split_seed, device, splits)
+
+
+def checked_splits(
+    name: str,
+    parts: Mapping[Split, ArrayDataset],
+    tasks: Sequence[Task],
+    validation: int | float,
+    split_seed: int,
+    device: torch.device | str,
+    splits: Sequence[Split] = tuple(Split),
+) -> dict[Split, Samples]:
+    """What `load_splits` makes of a dataset's splits: validation carved from training where there is none, checked, moved."""
+    parts = dict(parts)
+    if validation and Split.TRAIN in parts and Split.VAL not in parts:
+        _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, "cpu")  # whole, so that positions are the plugin's own
+        parts[Split.TRAIN], parts[Split.VAL] = _carve(name, parts[Split.TRAIN], validation, split_seed)
     samples = {split: _check(name, split, parts[split], tasks, device) for split in splits if split in parts}
     described = {split: (part.shape, part.images.dtype) for split, part in samples.items()}
     if len(set(described.values())) > 1:
