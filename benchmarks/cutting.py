@@ -25,6 +25,9 @@ from mtl.registry import BACKBONES
 from mtl.stages import cut
 from mtl.torchvision_backbones import FAMILIES, family_of
 
+RESULTS = Path(__file__).parent / "results"
+WHAT = ("eval", "train", "gradients", "buffers")
+
 
 def networks() -> list[str]:
     """The backbones that torchvision's classification networks are registered as."""
@@ -90,17 +93,31 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max((float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
 
 
+def render() -> str:
+    """The table of the recorded results."""
+    recorded = json.loads((RESULTS / "cutting.json").read_text())
+    rows = recorded["rows"]
+    seconds = [row["cut_seconds"] for row in rows]
+    largest = max(row["parameters"] for row in rows)
+    return (
+        table(rows)
+        + f"\n\nn = {len(rows)} networks, {sum(not any(row[w] for w in WHAT) for row in rows)} of them equal bit for bit; the "
+        f"largest has {largest:,} parameters. Cutting took {min(seconds):.3f} to {max(seconds):.3f} s. "
+        f"torch {recorded['torch']}, CPU.\n"
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a family."""
     lines = [
-        "| family | networks | default points (of the first) | largest difference: eval, train, gradients, buffers |",
-        "|---|---|---|---|",
+        "| networks | n | default layer points of the first | eval | train | gradients | buffers |",
+        "|---|---:|---|---:|---:|---:|---:|",
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         of = [row for row in rows if row["family"] == family]
-        worst = [max(row[what] for row in of) for what in ("eval", "train", "gradients", "buffers")]
+        worst = " | ".join(f"{max(row[what] for row in of):g}" for what in WHAT)
         names = ", ".join(row["network"] for row in of)
-        lines.append(f"| {names} | {len(of)} | {', '.join(of[0]['points'])} | {', '.join(f'{w:g}' for w in worst)} |")
+        lines.append(f"| {names} | {len(of)} | {', '.join(of[0]['points'])} | {worst} |")
     return "\n".join(lines)
 
 
@@ -119,7 +136,7 @@ def main() -> None:
             continue
         print(
             f"{name}: {row['input']} -> {row['features']}",
-            *(row[w] for w in ("eval", "train", "gradients", "buffers")),
+            *(row[w] for w in WHAT),
             flush=True,
         )
         rows.append(row)

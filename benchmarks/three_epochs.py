@@ -17,6 +17,7 @@ from typing import Any
 from scipy import stats
 
 import mtl
+from benchmarks.render import write_page
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "examples" / "configs" / "fashion_two_task.yaml"
@@ -86,8 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.render:
         measure(args.seeds)
-    template = (HERE / "README.template.md").read_text()
-    (HERE / "README.md").write_text(template.replace("@THREE_EPOCHS@", render()))
+    write_page()
 
 
 if __name__ == "__main__":

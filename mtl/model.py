@@ -22,7 +22,7 @@ from mtl.heads import check_consumes
 from mtl.registry import Plugin
 from mtl.seeding import seeded
 from mtl.sharing import Sharing
-from mtl.stages import Stage, cut, keep_only, legal_points, module_outputs, probe
+from mtl.stages import CutError, Stage, cut, keep_only, legal_points, module_outputs, probe
 from mtl.standardize import Standardize
 from mtl.task import Task
 from mtl.units import ExchangeUnit
@@ -80,7 +80,7 @@ class MultiTaskModel(nn.Module):
         with seeded(seed, "trunk"):
             trunk = make_backbone()
         plan = sharing.plan(trunk.points)
-        self.stages: list[Stage] = cut(trunk.network, plan.points)
+        self.stages: list[Stage] = _cut(trunk, plan.points)
         self.shared_stages = plan.shared
         self.input_shape = tuple(input_shape)
         self._prepare = trunk.prepare
@@ -265,6 +265,17 @@ class MultiTaskModel(nn.Module):
     def parameter_count(self) -> int:
         """Trainable numbers, exchange units included."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def _cut(backbone: Backbone, points: Sequence[str]) -> list[Stage]:
+    try:
+        return cut(backbone.network, points)
+    except CutError as error:
+        if not backbone.points or tuple(points) == backbone.points:
+            raise
+        raise CutError(
+            f"{error.problems[0]}; sharing.points=null takes the backbone's own: {', '.join(backbone.points)}"
+        ) from error
 
 
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:

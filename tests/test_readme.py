@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from test_layers import RANK
 
 import mtl
+from mtl import cli
+from mtl.config import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,25 +39,53 @@ def test_paths_in_the_readme_exist() -> None:
 
 
 def test_the_python_snippets_run(in_tmp: Path) -> None:
-    """The first as a program, the second beside it as the plugin it shows; what they register trains together."""
-    program, plugins = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The first as a program, the others beside it as the plugins they show; what they register trains together."""
+    program, heads, plugins = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     Path("snippet.py").write_text(program)
+    Path("heads.py").write_text(heads)
     Path("plugins.py").write_text(plugins)
     Path("config.yaml").write_text(
-        "{tasks: [digits_digit, digits_parity], backbone: tiny_net, sharing: average, balancer: worst_first, "
-        "data: {validation: 0.1}, epochs: 1, device: cpu}"
+        "{tasks: [digits_digit, digits_parity, {name: digits_weighted, class_weights: balanced, weight: 0.5}, digits_rank, "
+        "digits_value, digits_own], backbone: tiny_net, sharing: average, balancer: worst_first, data: {validation: 0.1}, "
+        "epochs: 1, device: cpu}"
     )
-    files = ["--plugin", "snippet.py", "--plugin", "plugins.py"]
-    command = [sys.executable, "-m", "mtl", "train", "config.yaml", *files, "--json", "--run-dir", "with_plugins"]
-    trained = subprocess.run(command, capture_output=True, text=True, check=False)
+    files = ["--plugin", "snippet.py", "--plugin", "heads.py", "--plugin", "plugins.py"]
+    command = [sys.executable, "-m", "mtl", "train", "config.yaml", *files, "--json"]
+    trained = subprocess.run([*command, "--run-dir", "one"], capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["sharing"] == "average"
-    assert sorted(path.name for path in in_tmp.iterdir() if path.is_dir()) == ["with_plugins"]
+    changed = [*command, "backbone=plain_net", "sharing={kind: cross_stitch, points: ['0']}", "--run-dir", "two"]
+    trained = subprocess.run(changed, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    assert sorted(path.name for path in in_tmp.iterdir() if path.is_dir()) == ["one", "two"]
+    checked = subprocess.run(
+        [sys.executable, "-m", "mtl", "check-plugin", "digits_own", *files], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout
     done = subprocess.run([sys.executable, "-W", "error", "snippet.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     score, run_dir = done.stdout.split()
     assert 0 <= float(score) <= 1
     assert (in_tmp / run_dir / "result.json").is_file()
+
+
+COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", [line.removeprefix("$ ") for line in COMMANDS if line.startswith("$ mtl ")])
+def test_commands_in_the_readme_are_legal(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command and option exists; each config with its overrides is valid."""
+    monkeypatch.chdir(ROOT)
+    name, *words = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(cli.app)
+    assert isinstance(command, typer.core.TyperGroup)
+    while isinstance(command, typer.core.TyperGroup):
+        command = command.commands[name]
+        if isinstance(command, typer.core.TyperGroup):
+            name, *words = words
+    context = command.make_context(name, list(words))
+    if name == "train" and not [word for word in words if "lrr" in word]:
+        load(context.params["config"], context.params["overrides"] or [])
 
 
 def test_the_custom_task_example_is_short_and_learns(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +112,7 @@ def test_the_benchmark_page_is_what_its_results_render_to() -> None:
     pytest.importorskip("scipy")
     sys.path.insert(0, str(ROOT))
     try:
-        from benchmarks import three_epochs
+        from benchmarks import render
     finally:
         sys.path.remove(str(ROOT))
-    template = (ROOT / "benchmarks" / "README.template.md").read_text()
-    assert (ROOT / "benchmarks" / "README.md").read_text() == template.replace("@THREE_EPOCHS@", three_epochs.render())
+    assert (ROOT / "benchmarks" / "README.md").read_text() == render.page()

@@ -1,0 +1,26 @@
+"""Renders `benchmarks/README.md` from its template and the recorded results: python -m benchmarks.render"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def page() -> str:
+    """The page, its tables made from `results/`."""
+    from benchmarks import cutting, three_epochs
+
+    text = (HERE / "README.template.md").read_text()
+    for placeholder, render in (("@CUTTING@", cutting.render), ("@THREE_EPOCHS@", three_epochs.render)):
+        text = text.replace(placeholder, render())
+    return text
+
+
+def write_page() -> None:
+    """Write it."""
+    (HERE / "README.md").write_text(page())
+
+
+if __name__ == "__main__":
+    write_page()
