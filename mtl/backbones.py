@@ -43,16 +43,21 @@ class Backbone:
     pretrained: Callable[[nn.Module], None] | None = None
 
     def prepare(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, channels, *size): bilinear with antialiasing, then one channel repeated. Or `x` itself."""
-        if self.size is not None and x.ndim == 4 and tuple(x.shape[2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
-        if self.channels is not None and x.shape[1] == 1 != self.channels:
-            x = x.expand(-1, self.channels, *[-1] * (x.ndim - 2))
-        return x
+        """(B, C, H, W) -> (B, channels, *size)."""
+        return prepare(x, self.channels, self.size)
 
     def is_channels_last(self, point: str) -> bool:
         """Whether features at a layer point are (B, ..., C)."""
         return any(point == module or point.startswith(module + ".") for module in self.channels_last)
+
+
+def prepare(x: Tensor, channels: int | None, size: tuple[int, int] | None) -> Tensor:
+    """(B, C, H, W) -> (B, channels, *size): bilinear with antialiasing, then one channel repeated. None: as it is."""
+    if size is not None and x.ndim == 4 and tuple(x.shape[2:]) != size:
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)
+    if channels is not None and x.shape[1] == 1 != channels:
+        x = x.expand(-1, channels, *[-1] * (x.ndim - 2))
+    return x
 
 
 def initialise(module: nn.Module) -> None:

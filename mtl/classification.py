@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl.errors import MTLError
-from mtl.heads import DataclassHead, FeatureHead, class_counts, class_indices, class_names
+from mtl.heads import DataclassHead, FeatureHead, class_counts, class_indices, class_names, constant
 from mtl.metrics import Metric, torchmetric
 from mtl.options import Options
 
@@ -86,7 +85,7 @@ class Classification(DataclassHead):
         weight = None
         if self.class_weights is not None:
             assert not isinstance(self.class_weights, str), "a head is fitted before it is trained"
-            weight = torch.tensor(self.class_weights, device=logits.device)
+            weight = constant(tuple(self.class_weights), logits.device)
         loss = F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=self.label_smoothing)
         if self.focal_gamma:
             sure = logits.log_softmax(dim=1).gather(1, target[:, None]).squeeze(1).exp()

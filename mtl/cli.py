@@ -75,6 +75,9 @@ def train(
 
         loaded = load(config, overrides or [])
         result = build.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
+    if dry_run and not as_json:
+        names = result.pop("parameter_names")
+        result["parameter_names"] = f"{len(names)}, such as {names[0]}; --json lists them"
     if as_json or dry_run:
         show(result, as_json)
     else:

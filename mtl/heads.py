@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -115,6 +116,12 @@ class SpatialMean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)
+
+
+@lru_cache(maxsize=256)
+def constant(values: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers of a head as a float32 tensor, made once per device: a loss must not make the device wait for the host."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def class_names(head: str, given: Sequence[str], least: int = 2) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl.backbones import Backbone
+from mtl.backbones import Backbone, prepare
 from mtl.errors import ConfigError, MTLError, PluginError, unknown
 from mtl.heads import check_consumes
 from mtl.registry import Plugin
@@ -83,7 +84,7 @@ class MultiTaskModel(nn.Module):
         self.stages: list[Stage] = _cut(trunk, plan.points)
         self.shared_stages = plan.shared
         self.input_shape = tuple(input_shape)
-        self._prepare = trunk.prepare
+        self._prepare = partial(prepare, channels=trunk.channels, size=trunk.size)
         x = self._prepare(torch.zeros(2, *input_shape))
         shapes = probe(trunk.network, self.stages, x)
         self._channels_last = {i for i, stage in enumerate(self.stages) if trunk.is_channels_last(stage.point)}

@@ -41,7 +41,7 @@ class OptimConfig(Options):
     """Scale all gradients down to this global norm where they exceed it; null: never."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained, by name (`towers.fashion_group`, `units`) or pattern (`towers.*.layer1.*`); batch norm
-    whose parameters are frozen keeps its running statistics too. `mtl train --dry-run` lists the names."""
+    whose parameters are frozen keeps its running statistics too. `mtl train --dry-run --json` lists the names."""
     accumulate: int = Field(1, ge=1)
     """Batches whose gradients are added up for one update."""
 

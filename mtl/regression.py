@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl.errors import DataError, MTLError
-from mtl.heads import DataclassHead, FeatureHead, refuse
+from mtl.heads import DataclassHead, FeatureHead, constant, refuse
 from mtl.metrics import Metric, torchmetric
 
 
@@ -115,7 +115,7 @@ class Regression(DataclassHead):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Error in units of the standard deviation: (B,) -> (B,), (B, K) -> (B, K)."""
         assert self.std is not None, "a head is fitted before it is trained"
-        std = self._scale().to(output.device)
+        std = constant(tuple(self.std) if isinstance(self.std, Sequence) else self.std, output.device)
         return ERRORS[self.error](output / std, target / std, reduction="none")  # type: ignore[operator, no-any-return]
 
     def metrics(self) -> tuple[Metric, ...]:
