@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mtl.errors import MTLError as MTLError
     from mtl.errors import PluginError as PluginError
     from mtl.errors import RunError as RunError
+    from mtl.heads import DataclassHead as DataclassHead
     from mtl.heads import FeatureHead as FeatureHead
     from mtl.heads import Head as Head
     from mtl.metrics import Metric as Metric
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from mtl.options import Options as Options
     from mtl.ordinal import Ordinal as Ordinal
     from mtl.prediction import Predictions as Predictions
+    from mtl.prediction import Restored as Restored
     from mtl.prediction import load_model as load_model
     from mtl.prediction import predict as predict
     from mtl.progress import for_terminal as for_terminal
@@ -73,13 +75,13 @@ _HOME = {
     "cross_stitch": ("CrossStitch", "CrossStitchUnit"),
     "data": ("ArrayDataset", "Split"),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
-    "heads": ("FeatureHead", "Head"),
+    "heads": ("DataclassHead", "FeatureHead", "Head"),
     "metrics": ("Metric", "torchmetric"),
     "multilabel": ("MultiLabel",),
     "optim": ("OptimConfig",),
     "options": ("Options",),
     "ordinal": ("Ordinal",),
-    "prediction": ("Predictions", "load_model", "predict"),
+    "prediction": ("Predictions", "Restored", "load_model", "predict"),
     "progress": ("for_terminal",),
     "registry": (
         "load_plugin_file",
@@ -109,4 +111,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

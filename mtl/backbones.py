@@ -7,6 +7,7 @@ it once per tower; it never copies a network.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class Backbone:
         points: its default layer points, names of submodules in execution order.
         channels: input channels that the network insists on; one-channel images are repeated to that number.
         size: height and width that the network insists on; images are resized to it.
-        channels_last: submodules within which features are (B, ..., C) instead of (B, C, ...), as in transformers. Exchange
-            units at points within them still receive (B, C, ...).
+        channels_last: regular expression of the layer points at which features are (B, ..., C) instead of (B, C, ...), as in
+            transformers. Exchange units there still receive (B, C, ...).
         pretrained: loads weights into a network that this factory made. Called when a run begins; a run that is restored has
             weights of its own.
     """
@@ -39,7 +40,7 @@ class Backbone:
     points: tuple[str, ...] = ()
     channels: int | None = None
     size: tuple[int, int] | None = None
-    channels_last: tuple[str, ...] = ()
+    channels_last: str | None = None
     pretrained: Callable[[nn.Module], None] | None = None
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class Backbone:
 
     def is_channels_last(self, point: str) -> bool:
         """Whether features at a layer point are (B, ..., C)."""
-        return any(point == module or point.startswith(module + ".") for module in self.channels_last)
+        return self.channels_last is not None and re.fullmatch(self.channels_last, point) is not None
 
 
 def prepare(x: Tensor, channels: int | None, size: tuple[int, int] | None) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mtl.errors import RunError
 
-FORMAT = "1"
+FORMAT = "2"
+"""1, before any release: a description without the shape of the input."""
 BALANCER = "balancer."
 """How the names of a balancer's tensors begin, beside the model's."""
 
@@ -29,7 +30,7 @@ def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any], b
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {**model.state_dict(), **_balancer_state(balancer)}
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    state = _apart({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()})
     try:
         save_file(state, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
         with open(temporary, "rb") as file:
@@ -54,6 +55,16 @@ def load_weights(path: Path, model: nn.Module, balancer: nn.Module | None = None
         load_state(balancer, saved)
     load_state(model, state)
     return description
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names that stand for one tensor (tied weights) get a copy each, which is what safetensors can hold."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        result[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
 
 
 def _balancer_state(balancer: nn.Module | None) -> dict[str, Tensor]:
@@ -92,6 +103,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return state, _description(path, file.metadata())
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a safetensors file is one that `save_weights` wrote.
+
+    Raises:
+        RunError: it is no readable safetensors file.
+    """
+    with _opened(path) as file:
+        return "description" in (file.metadata() or {})
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """The description alone.
 
@@ -120,5 +141,8 @@ def _opened(path: Path) -> Iterator[Any]:
 def _description(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     metadata = metadata or {}
     if metadata.get("format") != FORMAT:
-        raise RunError(f"weights {str(path)!r} have format {metadata.get('format')!r}; this version reads {FORMAT!r}")
+        raise RunError(
+            f"weights {str(path)!r} have format {metadata.get('format')!r}; this version reads {FORMAT!r}; train the run anew, "
+            "or use the version that wrote it"
+        )
     return dict(json.loads(metadata["description"]))

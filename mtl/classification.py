@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl.errors import MTLError
-from mtl.heads import DataclassHead, FeatureHead, class_counts, class_indices, class_names, constant
+from mtl.heads import DataclassHead, FeatureHead, class_counts, class_indices, class_names, constant, numbers
 from mtl.metrics import Metric, torchmetric
 from mtl.options import Options
 
@@ -22,6 +23,14 @@ class ClassificationOptions(Options):
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Factor of each class's loss, or "balanced": inverse to its frequency in training. Scaled to a mean of 1 over the training
     samples, so that the task keeps its place among the others; null: all alike."""
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _balanced_or_numbers(cls, value: Any) -> Any:
+        if value is None or value == "balanced" or isinstance(value, list | tuple):
+            return value
+        raise ValueError(f"must be 'balanced', a number for each class, or null; found {value!r}")
+
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """This share of the target is spread evenly over all classes (Szegedy et al. 2016, arXiv 1512.00567)."""
     focal_gamma: float = Field(0.0, ge=0)
@@ -47,7 +56,7 @@ class Classification(DataclassHead):
         object.__setattr__(self, "classes", class_names("Classification", self.classes))
         weights = self.class_weights
         if weights is not None and not isinstance(weights, str):
-            weights = tuple(float(weight) for weight in weights)
+            weights = numbers("Classification(class_weights=...)", weights)
             if len(weights) != len(self.classes) or min(weights) <= 0:
                 raise MTLError(
                     f"Classification(class_weights=...) takes a positive number for each of the {len(self.classes)} classes, "
@@ -56,7 +65,7 @@ class Classification(DataclassHead):
             object.__setattr__(self, "class_weights", weights)
         elif weights not in (None, "balanced"):
             raise MTLError(f"Classification(class_weights={weights!r}); it is 'balanced', a number per class, or None")
-        if not 0 <= self.label_smoothing < 1 or not self.focal_gamma >= 0:
+        if not 0 <= self.label_smoothing < 1 or not 0 <= self.focal_gamma < math.inf:
             raise MTLError(
                 "Classification: label_smoothing must be in [0, 1) and focal_gamma 0 or more; found "
                 f"{self.label_smoothing!r} and {self.focal_gamma!r}"

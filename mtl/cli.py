@@ -189,11 +189,14 @@ def check_plugin(
         tasks = {name: {"ok": sound[name], "checks": [vars(check) for check in checks]} for name, checks in found.items()}
         show({"ok": all(sound.values()), "tasks": tasks}, as_json)
     else:
-        marks = {True: "ok", False: "FAILED", None: "-"}
+        marks = {True: "ok", False: "FAILED"}
         for name, checks in found.items():
             print(f"{name}: {'conforms' if sound[name] else 'does not conform'}")
             for check in checks:
-                print(f"  {marks[check.ok]:6}  {check.name:16}  {check.detail}")
+                if check.ok is not None:
+                    print(f"  {marks[check.ok]:6}  {check.name:16}  {check.detail}")
+            if untried := [check.name for check in checks if check.ok is None]:
+                print(f"  not tried, since an earlier check failed: {', '.join(untried)}")
     if not all(sound.values()):
         raise typer.Exit(1)
 
@@ -250,6 +253,8 @@ def backbones(
     if points:
         for point, reason in about["illegal"].items():
             print(f"{point} is not legal: {reason}")
+        if about["illegal"]:
+            raise typer.Exit(1)
     elif about["illegal"]:
         print(f"{len(about['illegal'])} other modules are not legal; `mtl backbones {name} MODULE` says why")
 
@@ -329,18 +334,23 @@ def print_csv(rows: list[dict[str, Any]]) -> None:
 
 
 def brief(said: dict[str, Any]) -> str:
-    """What a head decoded, in a few words: its values, nested ones left out."""
-    shown = [value for value in said.values() if not isinstance(value, dict)]
-    texts = [", ".join(v) or "none" if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in shown]
-    return " ".join(texts) or json.dumps(said)
+    """What a head decoded, in a few words: the first value, the others by name, nested ones left out."""
+    shown = {key: value for key, value in said.items() if not isinstance(value, dict)}
+    texts = [
+        (", ".join(map(str, v)) or "none") if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
+        for v in shown.values()
+    ]
+    others = ", ".join(text if key == "unit" else f"{key} {text}" for key, text in zip([*shown][1:], texts[1:], strict=True))
+    return f"{texts[0]} ({others})" if others else texts[0] if texts else json.dumps(said)
 
 
 def print_result(result: dict[str, Any]) -> None:
     """A finished run for people: a table of figures, and where everything is."""
     print_figures({split: result[split] for split in ("val", "test") if result[split] is not None})
+    frozen = f" and {result['parameters_frozen']:,} frozen" if result["parameters_frozen"] else ""
     print(
         f"{result['sharing']}, seed {result['seed']}: best epoch {result['best_epoch']} of {result['epochs']}, "
-        f"{result['parameters']:,} parameters, {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s "
+        f"{result['parameters']:,} parameters{frozen}, {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s "
         f"({result['device']}, {result['precision']}, config {result['config_digest']})\n{result['run_dir']}"
     )
 

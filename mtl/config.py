@@ -79,6 +79,8 @@ class InitFrom(Options):
     """A run directory, or a .safetensors file of the plain network's weights."""
     weights: Literal["best", "last"] = "best"
     """Which weights of a run."""
+    task: str | None = None
+    """Which task of the run to start from; null: the task itself."""
     digest: str | None = None
     """Of the weights file, SHA-256, filled in when a run begins; another file under that path is then refused."""
 

@@ -40,7 +40,8 @@ class ArrayDataset:
         images: uint8 or float, (N, C, H, W), (N, H, W) for one channel, or (N, D) for feature vectors: a tensor, an array, or
             a sequence of equally shaped ones. Kept in its own dtype.
         labels: target name -> (N, ...) as the dataset stores them; integers or floats.
-        valid: target name -> (N,) bool, where that label exists. A target not named here is labelled everywhere.
+        valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
+            shape for maps. A target not named here is labelled everywhere.
 
     Raises:
         DataError: shapes or lengths that do not fit together, or values that are not finite.
@@ -281,6 +282,8 @@ def _tensor(value: Any, what: str) -> Tensor:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_writable(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} cannot be made a tensor: {error}") from error
+    if tensor.is_complex():
+        raise DataError(f"{what} must be real numbers; found {tensor.dtype}")
     if tensor.dtype == torch.float64:
         return tensor.float()
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor  # torch computes in neither

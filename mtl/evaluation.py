@@ -121,11 +121,14 @@ def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> f
     """Mean over tasks of each task's bounded, higher-is-better score; None where there are no figures.
 
     Raises:
-        PluginError: a score is not a number.
+        DataError: a score is not a number.
     """
     if not figures:
         return None
     scores = {task.name: figures[task.name][task.score_name] for task in tasks}
     if bad := [name for name, score in scores.items() if score is None]:
-        raise PluginError(f"the score of {', '.join(bad)} is not a number on this split; it must be bounded, at most 1")
+        raise DataError(
+            f"the score of {', '.join(bad)} is not a number on this split: its labels may lack a class there; hold out more "
+            "data, or give the task another score"
+        )
     return round(float(sum(scores.values()) / len(scores)), 7)

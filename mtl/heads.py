@@ -7,6 +7,7 @@ alone, so any other kind of prediction is a subclass of `Head` in a plugin. Bund
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -21,7 +22,12 @@ from mtl.metrics import Metric
 
 
 class Head(ABC):
-    """From one tower's features to one task's output, with what is needed to train, score and read it."""
+    """From one tower's features to one task's output, with what is needed to train, score and read it.
+
+    A subclass gives `build`, `targets`, `loss`, `metrics`, `predictions` and `decode`; `fitted`, `labelled`, `describe` and
+    `restored` have defaults, which suit a head that takes nothing from the training data. One that does derives from
+    `DataclassHead`, where what was taken is a field like any other.
+    """
 
     consumes: ClassVar[Literal["vector", "map"]] = "vector"
     """What `build` can be given: "vector": features (D,), or a map (C, H, W) that the head reduces itself, as `FeatureHead`
@@ -95,8 +101,8 @@ class DataclassHead(Head):
 
     @classmethod
     def restored_from(cls, description: Mapping[str, Any]) -> Self:
-        """A head of this kind with the fields of `description`."""
-        return cls(**{name: description[name] for name in cls._fields()})
+        """A head of this kind with the fields of `description`; what an older one does not mention is at its default."""
+        return cls(**{name: description[name] for name in cls._fields() if name in description})
 
     @classmethod
     def _fields(cls) -> list[str]:
@@ -124,6 +130,21 @@ def constant(values: float | tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+def numbers(what: str, given: Any) -> tuple[float, ...]:
+    """A sequence of finite numbers as floats.
+
+    Raises:
+        MTLError: something else.
+    """
+    try:
+        found = tuple(float(value) for value in given)
+    except (TypeError, ValueError):
+        found = (math.nan,)
+    if not all(math.isfinite(value) for value in found):
+        raise MTLError(f"{what} takes a sequence of finite numbers; found {given!r}")
+    return found
+
+
 def class_names(head: str, given: Sequence[str], least: int = 2) -> tuple[str, ...]:
     """The names of a head's classes, checked.
 
@@ -149,7 +170,9 @@ def class_indices(labels: Tensor, valid: Tensor, classes: int) -> Tensor:
     if valid.ndim != 1:
         raise DataError(f"the valid mask must be one bool per sample, shape (N,); found shape {tuple(valid.shape)}")
     allowed = f"the {classes} classes are 0 to {classes - 1}"
-    if labels.is_floating_point():
+    if not labels.is_floating_point():
+        labels = labels.long()  # an int8 or uint8 cannot be compared with every number of classes
+    else:
         refuse(labels, valid & ~labels.isfinite(), "is not finite", allowed)
         refuse(labels, valid & (labels != labels.round()), "is not an integer", allowed)
     refuse(labels, valid & ((labels < 0) | (labels >= classes)), "is out of range", allowed)

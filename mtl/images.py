@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def read_image(path: Path, channels: int) -> Tensor:
     Raises:
         DataError: no regular file, another format, too large or damaged; the reason only, without the path.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
         raise DataError("no such file" if not path.exists() else "not a regular file")
@@ -44,7 +45,7 @@ def read_image(path: Path, channels: int) -> Tensor:
             width, height = image.size
             if width * height > LARGEST:
                 raise DataError(f"{width} x {height} pixels are more than the {LARGEST:,} that are read")
-            upright = ImageOps.exif_transpose(image)
+            upright = _upright(image)
             if upright.mode.startswith("I"):  # 16 bits a channel
                 upright = Image.fromarray((np.asarray(upright).astype(np.int32) >> 8).astype(np.uint8))
             pixels = np.array(upright.convert("L" if channels == 1 else "RGB"))
@@ -52,14 +53,32 @@ def read_image(path: Path, channels: int) -> Tensor:
         raise DataError("neither a JPEG nor a PNG image") from None
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # whatever its decoders raise
+    except MemoryError:
+        raise
+    except Exception as error:  # a hostile file makes the decoders raise anything
         raise DataError(f"damaged: {error}") from None
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
+
+
+TURNED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""EXIF orientation -> what undoes it, as numbers of PIL's `Transpose`."""
+
+
+def _upright(image: Any) -> Any:
+    """The picture as it was seen; one whose EXIF data are broken, as it is stored."""
+    from PIL import Image
+
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # of no use then, and no reason to lose the picture
+        return image
+    if not isinstance(orientation, int) or orientation not in TURNED:
+        return image
+    return image.transpose(Image.Transpose(TURNED[orientation]))
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (C, H, W) -> uint8 (C, *size), bilinear with antialiasing; the aspect ratio is not kept."""
     if tuple(image.shape[1:]) == size:
         return image
-    scaled: Tensor = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
-    return scaled.round().clamp(0, 255).to(torch.uint8)
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]

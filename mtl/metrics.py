@@ -110,7 +110,7 @@ class Meter:
     def compute(self) -> dict[str, float | None]:
         """The figures so far; None for one that is not a number."""
         self._flush()
-        values = {name: round(float(metric.compute()), 7) for name, metric in self._metrics.items()}  # they come as float32
+        values = {name: float(f"{float(metric.compute()):.8g}") for name, metric in self._metrics.items()}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def _flush(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from mtl.backbones import Backbone, prepare
 from mtl.errors import ConfigError, MTLError, PluginError, unknown
@@ -101,6 +102,7 @@ class MultiTaskModel(nn.Module):
             for task in tasks:
                 with seeded(seed, "tower", task.name):
                     self.towers[task.name] = make_backbone().network
+        self._check_apart(trunk.network)
         if pretrained and trunk.pretrained is not None:
             for network in (*([self.trunk] if self.trunk is not None else []), *self.towers.values()):
                 trunk.pretrained(network)
@@ -157,10 +159,33 @@ class MultiTaskModel(nn.Module):
             features = mixed
         self.train(was_training)
 
+    def _check_apart(self, plain: nn.Module) -> None:
+        """Towers must not be one another, and a weight that is used on both sides of a split would come apart."""
+        owner: dict[int, str] = {}
+        for task, tower in self.towers.items():
+            for name, parameter in tower.named_parameters():
+                if owner.setdefault(id(parameter), task) != task:
+                    raise PluginError(
+                        f"the towers of {owner[id(parameter)]!r} and {task!r} share parameter {name!r}: the backbone's factory "
+                        "must make a fresh network each time it is called"
+                    )
+        if self.trunk is None or not self.towers:
+            return
+        below, above = (
+            {id(p): n for n, p in plain.named_parameters(remove_duplicate=False) if any(_within(n, m) for m in modules)}
+            for modules in (self._modules_of(slice(0, self.shared_stages)), self._modules_of(slice(self.shared_stages, None)))
+        )
+        if both := [name for key, name in below.items() if key in above]:
+            raise ConfigError(
+                [f"sharing.at: parameter {both[0]!r} is used before and after the split, and can belong to one side only"]
+            )
+
+    def _modules_of(self, stages: slice) -> list[str]:
+        return [name for stage in self.stages[stages] for name in stage.modules]
+
     def _drop_unused(self) -> None:
         """A trunk keeps the shared stages' modules, a tower the others', so that parameters are counted and stepped once."""
-        below = [name for stage in self.stages[: self.shared_stages] for name in stage.modules]
-        above = [name for stage in self.stages[self.shared_stages :] for name in stage.modules]
+        below, above = self._modules_of(slice(0, self.shared_stages)), self._modules_of(slice(self.shared_stages, None))
         if self.trunk is not None and self.towers:
             keep_only(self.trunk, below)
             for tower in self.towers.values():
@@ -219,6 +244,8 @@ class MultiTaskModel(nn.Module):
 
         Outputs are float32 (or wider) also under autocast: losses and decisions are made in full precision.
         """
+        if isinstance(images, Tensor):
+            raise TypeError(f"the model takes images by dataset, as in {{{next(iter(self.inputs))!r}: images}}; found a tensor")
         features = {task.name: f for task, f in zip(self.present(list(images)), self.features(images), strict=True)}
         outputs = {name: self.heads[name](f) for name, f in features.items()}
         return Outputs(features, {name: y.float() if y.dtype in HALF else y for name, y in outputs.items()})
@@ -226,7 +253,7 @@ class MultiTaskModel(nn.Module):
     def freeze(self, patterns: Sequence[str]) -> None:
         """Take parameters out of training, by name of a parameter or module, or by a pattern with `*`.
 
-        A batch norm all of whose parameters are frozen keeps its running statistics as well.
+        A batch norm all of whose parameters are frozen, or that has none and is itself named, keeps its running statistics too.
 
         Raises:
             ConfigError: a pattern that nothing matches, or nothing left to train.
@@ -238,15 +265,20 @@ class MultiTaskModel(nn.Module):
             for name in names:
                 parameters[name].requires_grad_(False)
             if not names:
-                modules = {n.rpartition(".")[0] for n in parameters}
+                modules = {".".join(n.split(".")[:i]) for n in parameters for i in range(1, n.count(".") + 1)}
                 wrong.append(f"optim.freeze: {unknown('parameter', pattern, sorted({*parameters, *modules}, key=len))}")
         if wrong:
             raise ConfigError(wrong)
         if not any(p.requires_grad for p in parameters.values()):
             raise ConfigError([f"optim.freeze={list(patterns)} leaves nothing to train"])
-        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
-        self._held = [m for m in norms if list(m.parameters()) and not any(p.requires_grad for p in m.parameters())]
+        self._held = [m for n, m in self.named_modules() if isinstance(m, _BatchNorm) and self._is_frozen(n, m, patterns)]
         self.train(self.training)
+
+    @staticmethod
+    def _is_frozen(name: str, norm: nn.Module, patterns: Sequence[str]) -> bool:
+        if own := list(norm.parameters()):
+            return not any(p.requires_grad for p in own)
+        return any(fnmatchcase(f"{name}.weight", pattern) or _within(name, pattern) for pattern in patterns)
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """As in torch, but frozen batch norm stays in evaluation mode."""
@@ -283,6 +315,10 @@ def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[-1], *shape[:-1])
 
 
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
 def _build_head(task: Task, features: tuple[int, ...]) -> nn.Module:
     try:
         check_consumes(task.head, features)
@@ -304,6 +340,10 @@ def backbone_maker(plugin: Plugin, input_shape: tuple[int, ...], options: object
             made = Backbone(made)
         if not isinstance(made, Backbone):
             raise PluginError(f"{plugin} must give an mtl.Backbone or an nn.Module; found {type(made).__name__}")
+        if any(is_lazy(p) for p in (*made.network.parameters(), *made.network.buffers())):
+            probe(
+                made.network, cut(made.network, ()), made.prepare(torch.zeros(2, *input_shape))
+            )  # lazy layers learn their sizes
         return made
 
     return make
@@ -322,9 +362,13 @@ def describe_backbone(plugin: Plugin, input_shape: tuple[int, ...], options: obj
     outputs = module_outputs(made.network, x)
     legal, illegal = legal_points(made.network)
     features = probe(made.network, cut(made.network, ()), x)[-1]
+    modules = dict(made.network.named_modules())
     points = []
     for name in sorted(legal, key=list(outputs).index):
         shape = outputs[name]
+        if isinstance(modules[name], nn.Identity):
+            illegal[name] = "it does nothing: it stands for a layer that was left out"
+            continue
         if isinstance(shape, str):
             illegal[name] = f"it gives {shape}, not one tensor (B, C, ...)"
             continue

@@ -68,5 +68,6 @@ def problems(error: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in line["loc"])
         found = repr(line["input"])
         shown = f"; found {found}" if line["type"] not in ("extra_forbidden", "value_error", "missing") else ""
-        lines.append(f"{where}: {line['msg']}" + (shown if len(found) <= 60 else "") if where else line["msg"])
+        message = line["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {message}" + (shown if len(found) <= 60 else "") if where else message)
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,15 @@ class Thresholds(nn.Module):
         self.bias = nn.Parameter(-torch.logit(start))  # equally probable classes, in order
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.score(x) + self.bias
-        return logits
+        with torch.autocast(x.device.type, enabled=False):  # thresholds lie closer together than bf16 tells apart
+            logits: Tensor = self.score(x.to(self.bias.dtype)) + self.bias
+            return logits
+
+
+def _kappa(classes: int) -> Any:
+    from mtl.label_metrics import QuadraticKappa  # imports torchmetrics, which takes two seconds
+
+    return QuadraticKappa(classes)
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,7 @@ class Ordinal(DataclassHead):
         """Quadratic weighted kappa (the score), mean absolute error in classes, accuracy."""
         several: dict[str, Any] = {"num_classes": len(self.classes), "validate_args": False}
         return (
-            Metric(
-                "kappa_quadratic", "higher", torchmetric("MulticlassCohenKappa", weights="quadratic", **several), score=True
-            ),
+            Metric("kappa_quadratic", "higher", partial(_kappa, len(self.classes)), score=True),
             Metric("mae_classes", "lower", torchmetric("MeanAbsoluteError", of="regression")),
             Metric("accuracy", "higher", torchmetric("MulticlassAccuracy", average="micro", **several)),
         )

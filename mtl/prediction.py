@@ -6,10 +6,13 @@ A run directory is all that is needed: the weights file holds the class names, t
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -37,6 +40,9 @@ BUNDLED: dict[str, type[DataclassHead]] = {kind.__name__: kind for kind in (Clas
 ARRAYS = (".npy", ".npz")
 
 
+Source = str | Path | np.ndarray[Any, Any] | Tensor
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a run says.
@@ -55,7 +61,11 @@ class Predictions:
 class Restored:
     """A run's network on its device, in evaluation mode, and what it takes.
 
-    `shape` is of one sample, (C, H, W) or (D,); `dtype` that of the training data, which images of files must share.
+    Call it with raw samples, as the dataset gave them to training: (N, *shape) of `dtype`. Standardisation is part of the
+    model.
+
+    `model` is the `torch.nn.Module`: {dataset name: samples} -> features and outputs by task; `shape` is of one sample,
+    (C, H, W) or (D,); `dtype` that of the training data.
     """
 
     model: MultiTaskModel
@@ -63,6 +73,20 @@ class Restored:
     dtype: torch.dtype
     device: torch.device
     precision: str
+
+    @torch.no_grad()
+    def __call__(self, samples: Any) -> dict[str, Tensor]:
+        """Samples (N, *shape) -> task name -> output (N, ...), what the head's `decode` takes.
+
+        Raises:
+            DataError: another shape or dtype.
+        """
+        x = _checked(samples, "the array", self).to(self.device)
+        outputs: dict[str, Tensor] = {}
+        for dataset in self.model.inputs:  # every dataset's tasks see the samples as if they were its own
+            with autocast_for(self.device.type, self.precision)():
+                outputs |= self.model({dataset: x}).outputs
+        return {task.name: outputs[task.name] for task in self.model.tasks}
 
 
 def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto") -> Restored:
@@ -81,6 +105,15 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
     if weights not in ("best", "last"):
         raise ConfigError([unknown("weights", weights, ("best", "last"))])
+    try:
+        return _restored(directory, weights, device)
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise RunError(
+            f"{str(directory)!r} is incomplete, or of another version: {type(error).__name__}: {error}; was a file edited?"
+        ) from error
+
+
+def _restored(directory: Path, weights: str, device: str) -> Restored:
     tree = read_tree(directory / "config.yaml")
     file = directory / "checkpoints" / f"{weights}.safetensors"
     description = read_description(file)
@@ -89,7 +122,10 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
     try:
         backbone, sharing = choose(BACKBONES, tree["backbone"]), choose_sharing(tree["sharing"])
     except ValueError as error:
-        raise RunError(f"the network of {str(directory)!r} cannot be built here: {error}") from error
+        raise RunError(
+            f"the network of {str(directory)!r} cannot be built here: {error}; one that a plugin brings needs that plugin, "
+            "installed or by --plugin FILE.py"
+        ) from error
     shape = tuple(description["input"]["shape"])
     standardize = tree["data"]["standardize"]
     model = make_model(tasks, shape, backbone, sharing, standardize, tree["seed"], name, pretrained=False)
@@ -122,7 +158,7 @@ def restored_task(described: Mapping[str, Any], tree: Mapping[str, Any]) -> Task
 
 def predict(
     run_dir: str | Path,
-    inputs: Sequence[str | Path | np.ndarray[Any, Any] | Tensor],
+    inputs: Sequence[Source] | Source,
     weights: str = "best",
     device: str = "auto",
     batch_size: int = 128,
@@ -132,8 +168,8 @@ def predict(
 
     Args:
         run_dir: of the run.
-        inputs: image files (JPEG, PNG), folders of them (searched whole), .npy or .npz files, or arrays (N, *shape). Images of
-            files are resized to the run's input; arrays must have its shape and dtype.
+        inputs: image files (JPEG, PNG), folders of them (searched whole), .npy or .npz files, or arrays (N, *shape), one or
+            several. Images of files are resized to the run's input; arrays must have its shape and dtype.
         weights: "best" or "last".
         device: as torch names it, or "auto".
         batch_size: images at a time.
@@ -145,6 +181,8 @@ def predict(
     """
     if batch_size < 1:
         raise ConfigError([f"batch_size={batch_size} must be at least 1"])
+    if isinstance(inputs, str | Path | np.ndarray | Tensor):
+        inputs = [inputs]
     run = load_model(run_dir, weights, device)
     result = Predictions(str(run_dir), weights)
     wanted = [source for given in inputs for source in _sources(given, run)]
@@ -163,7 +201,7 @@ class _Source:
     """One image file, or an array of samples."""
 
     path: str | None
-    samples: Tensor | None = None
+    samples: np.ndarray[Any, Any] | Tensor | None = None
 
     def __len__(self) -> int:
         return 1 if self.samples is None else len(self.samples)
@@ -171,7 +209,7 @@ class _Source:
 
 def _sources(given: Any, run: Restored) -> Iterator[_Source]:
     if not isinstance(given, str | Path):
-        yield _Source(None, _samples(given, "the array", run))
+        yield _Source(None, _as_samples(given, "the array", run))
         return
     path = Path(given)
     if path.is_dir():
@@ -183,7 +221,7 @@ def _sources(given: Any, run: Restored) -> Iterator[_Source]:
     elif not path.exists():
         raise DataError(f"no such file or folder: {str(path)!r}")
     elif path.suffix.lower() in ARRAYS:
-        yield _Source(str(path), _samples(_array(path), str(path), run))
+        yield _Source(str(path), _as_samples(_array(path), str(path), run))
     else:
         _need_images(run)
         yield _Source(str(path))
@@ -204,15 +242,27 @@ def _array(path: Path) -> np.ndarray[Any, Any]:
             return found
         with found:
             names = found.files
+            if not names:
+                raise DataError(f"{str(path)!r} holds no array")
             if "images" not in names and len(names) != 1:
                 raise DataError(f"{str(path)!r} holds several arrays and none called 'images': {', '.join(names)}")
             array: np.ndarray[Any, Any] = found["images" if "images" in names else names[0]]
             return array
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError, KeyError, BadZipFile, zlib.error) as error:
         raise DataError(f"{str(path)!r} is no readable array: {error}") from error
 
 
-def _samples(array: Any, where: str, run: Restored) -> Tensor:
+def _as_samples(given: Any, where: str, run: Restored) -> np.ndarray[Any, Any] | Tensor:
+    """An array with a sample axis; one sample gets one. Its first is checked at once, the others when their turn comes."""
+    array = given if isinstance(given, Tensor | np.ndarray) else np.asarray(given)
+    if tuple(array.shape) == run.shape:
+        array = array[None]
+    _checked(array[:1], where, run)
+    return array
+
+
+def _checked(array: Any, where: str, run: Restored) -> Tensor:
+    """Samples as a tensor of the run's shape and dtype."""
     try:
         x = ArrayDataset(array, labels={}).images
     except DataError as error:
@@ -234,9 +284,10 @@ def _batches(
             if parts:
                 yield rows, torch.stack(parts)
                 rows, parts = [], []
-            for i, piece in enumerate(source.samples.split(batch_size)):
-                named = {} if source.path is None else {"path": source.path}
-                yield [{**named, "index": i * batch_size + j} for j in range(len(piece))], piece
+            named = {} if source.path is None else {"path": source.path}
+            for i in range(0, len(source), batch_size):  # a file is mapped, so that one batch at a time is in memory
+                piece = _checked(source.samples[i : i + batch_size], source.path or "the array", run)
+                yield [{**named, "index": i + j} for j in range(len(piece))], piece
             continue
         assert source.path is not None
         try:
@@ -253,16 +304,20 @@ def _batches(
         yield rows, torch.stack(parts)
 
 
-@torch.no_grad()
 def _decoded(run: Restored, x: Tensor) -> list[dict[str, Any]]:
-    """Task name -> what its head decodes, for each sample. Every dataset's tasks see the images as if they were its own."""
-    x = x.to(run.device)
-    of_task: dict[str, list[dict[str, Any]]] = {}
-    for dataset in run.model.inputs:
-        with autocast_for(run.device.type, run.precision)():
-            outputs = run.model({dataset: x}).outputs
-        of_task |= {task.name: task.head.decode(outputs[task.name]) for task in run.model.present([dataset])}
-    return [{task.name: of_task[task.name][i] for task in run.model.tasks} for i in range(len(x))]
+    """Task name -> what its head decodes, for each sample."""
+    outputs = run(x)
+    of_task = {task.name: task.head.decode(outputs[task.name]) for task in run.model.tasks}
+    return [{name: _finite(rows[i]) for name, rows in of_task.items()} for i in range(len(x))]
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ plugin hurts only those who name it. A name claimed twice is an error when it is
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -57,7 +59,7 @@ class Plugin:
         except MTLError:
             raise
         except Exception as error:
-            raise PluginError(f"{self} failed: {type(error).__name__}: {error}") from error
+            raise PluginError(f"{self} failed{_line_of(error)}: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r} ({self.origin})"
@@ -147,7 +149,8 @@ class Registry:
         points = _entry_points(self.group).get(name, [])
         if not points and name not in self._claims:
             message = unknown(self.kind, name, self.names())
-            raise PluginError(message if "did you mean" in message else f"{message}; --plugin FILE.py adds those of a file")
+            typo = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.75)
+            raise PluginError(message if typo else f"{message}; --plugin FILE.py adds those of a file")
         if len(points) > 1:
             raise self._rivalry(name, [_describe(p) for p in points])
         for point in points:
@@ -240,7 +243,7 @@ def load_plugin_file(path: Path) -> None:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise PluginError(f"plugin file {str(path)!r} failed: {type(error).__name__}: {error}") from error
+        raise PluginError(f"plugin file {str(path)!r} failed{_line_of(error)}: {type(error).__name__}: {error}") from error
 
 
 def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
@@ -250,6 +253,14 @@ def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
         key = (point.dist.name if point.dist else "", point.value)
         found.setdefault(point.name, {})[key] = point
     return {name: list(points.values()) for name, points in found.items()}
+
+
+def _line_of(error: BaseException) -> str:
+    """Where an error was raised, or the call that led there, in code that is neither this package's nor a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    foreign = [f for f in frames if not f.filename.startswith((ours, "<")) and "site-packages" not in f.filename]
+    return f" ({Path(foreign[-1].filename).name}, line {foreign[-1].lineno})" if foreign else ""
 
 
 def _describe(point: metadata.EntryPoint) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl.errors import DataError, MTLError
-from mtl.heads import DataclassHead, FeatureHead, constant, refuse
+from mtl.heads import DataclassHead, FeatureHead, constant, numbers, refuse
 from mtl.metrics import Metric, torchmetric
 
 
@@ -70,11 +70,13 @@ class Regression(DataclassHead):
         for name in ("mean", "std"):
             value = getattr(self, name)
             if isinstance(value, Sequence):
-                object.__setattr__(self, name, tuple(float(v) for v in value))
+                object.__setattr__(self, name, numbers(f"Regression({name}=...)", value))
                 if self.outputs is None or len(value) != len(self.outputs):
                     raise MTLError(f"Regression({name}={value!r}) must have one number for each of outputs={self.outputs!r}")
-        if self.std is not None and min(self._scale().flatten().tolist()) <= 0:
-            raise MTLError(f"Regression(std={self.std!r}) must be positive")
+        if self.mean is not None and self.std is not None:
+            given = torch.tensor([self.mean, self.std]) if not isinstance(self.mean, tuple) else torch.tensor(self.mean)
+            if not bool(given.isfinite().all()) or not bool((self._scale() > 0).all()):
+                raise MTLError(f"Regression(mean={self.mean!r}, std={self.std!r}) must be finite, and std positive")
 
     def _scale(self) -> Tensor:
         return torch.tensor(self.std, dtype=torch.float32)
@@ -107,8 +109,8 @@ class Regression(DataclassHead):
         mean, std = values.mean(0), values.std(0, correction=0)
         if not bool((std > 1e-6 * mean.abs().clamp_min(1e-30)).all()):
             raise DataError(
-                f"the training targets do not vary (standard deviation {std.tolist()} around {mean.tolist()}); there is "
-                "nothing to learn"
+                f"the training targets do not vary, or too little for float32 (standard deviation {std.tolist()} around "
+                f"{mean.tolist()}); subtract an offset from the labels if it is the latter"
             )
         return replace(self, mean=_plain(mean), std=_plain(std))
 

@@ -313,9 +313,10 @@ def probe(network: nn.Module, stages: Sequence[Stage], x: Tensor) -> list[tuple[
             for stage in stages:
                 try:
                     y = stage(network, x)
-                except (RuntimeError, ValueError, IndexError) as error:
+                except Exception as error:  # the network's own code may raise anything
                     raise CutError(
-                        f"the network fails on its way to {stage.point!r} with an input of shape {tuple(x.shape[1:])}: {error}"
+                        f"the network fails on its way to {stage.point!r} with an input of shape {tuple(x.shape[1:])}: "
+                        f"{type(error).__name__}: {error}"
                     ) from error
                 if not isinstance(y, Tensor) or y.ndim < 2 or y.shape[0] != x.shape[0]:
                     found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

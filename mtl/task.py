@@ -25,8 +25,9 @@ class Task:
         dataset: the registered name of the dataset.
         target: which of the dataset's labels this task predicts.
         head: what it predicts and how; see `mtl.heads`.
-        loss: (output, target) -> one unreduced loss per label; None: the head's own.
-        metrics: None: the head's own. Exactly one must carry the score.
+        loss: (output, target) -> one unreduced loss per label; None: the head's own. Output and target are as the head has
+            them: of `Regression` both are in the target's own unit, so divide by a scale if the task is summed with others.
+        metrics: in place of the head's own (`[*head.metrics(), mine]` adds to them). Exactly one must carry the score.
         weight: factor of this task's loss in the sum; positive.
         name: filled in from the registered name.
     """
@@ -84,7 +85,12 @@ def make_task(name: str, options: Options | None = None, weight: float | None = 
     """
     check_name("task", name)
     plugin = TASKS.get(name)
-    task = plugin.create(options=options)
+    try:
+        task = plugin.create(options=options)
+    except PluginError:
+        raise
+    except MTLError as error:
+        raise PluginError(f"{plugin}: {error}") from error
     if not isinstance(task, Task):
         raise PluginError(f"{plugin} must give an mtl.Task; found {type(task).__name__}")
     return replace(task, name=name, weight=task.weight if weight is None else weight)

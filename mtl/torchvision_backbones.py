@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
+from pickle import UnpicklingError
 from typing import Any
 
 from pydantic import Field
@@ -50,7 +52,7 @@ class Family:
     smallest: int = 1
     step: int = 1
     square: bool = False
-    channels_last: tuple[str, ...] = ()
+    channels_last: str | None = None
     arguments: Callable[[tuple[int, int]], dict[str, Any]] = lambda size: {}
     pretrained: tuple[tuple[str, Any], ...] = ()
 
@@ -79,10 +81,13 @@ def _vit(patch: int) -> Family:
         smallest=patch,
         step=patch,
         square=True,
-        channels_last=("encoder",),
+        channels_last=r"encoder(\..+)?",
         arguments=lambda size: {"image_size": size[0]},
     )
 
+
+SWIN = r"features(\.0|\.0\.[12]|\.[1-7](\..+)?)?|norm"
+"""Points of a Swin transformer after its first convolution: (B, H, W, C)."""
 
 FAMILIES: dict[str, Family] = {
     r"alexnet": Family(_pools, smallest=63),
@@ -112,7 +117,7 @@ FAMILIES: dict[str, Family] = {
     r"shufflenet_v2_\w+": Family(("stage2", "stage3", "conv5")),
     r"squeezenet1_0": Family(lambda network: (*_pools(network), "features.12"), smallest=21),
     r"squeezenet1_1": Family(lambda network: (*_pools(network), "features.12"), smallest=17),
-    r"swin_\w+": Family(_numbered("features.", 1, 3, 5, 7), smallest=4, channels_last=("features", "norm")),
+    r"swin_\w+": Family(_numbered("features.", 1, 3, 5, 7), smallest=4, channels_last=SWIN),
     r"vgg\w+": Family(_pools, smallest=32),
     r"vit_\w+_16": _vit(16),
     r"vit_\w+_32": _vit(32),
@@ -155,8 +160,13 @@ def _backbone(name: str, input_shape: Sequence[int], options: TorchvisionOptions
         weights = _weights(name, options.weights)
         arguments |= family.pretrained
         if "image_size" in arguments:  # position embeddings are of one size
-            arguments["image_size"] = weights.meta["min_size"][0]
-            size = (arguments["image_size"],) * 2
+            trained = weights.meta["min_size"][0]
+            if options.image_size not in (None, trained):
+                raise ConfigError(
+                    [f"backbone.image_size={options.image_size}: {options.weights} of {name!r} takes {trained} only"]
+                )
+            arguments["image_size"] = trained
+            size = (trained, trained)
     network = _without_classifier(models.get_model(name, weights=None, **arguments))
 
     def load(fresh: nn.Module) -> None:
@@ -202,12 +212,12 @@ def _loaded(name: str, weights: Any, arguments: dict[str, Any]) -> nn.Module:
     own = {key: value for key, value in arguments.items() if key in ("image_size", "input_size")}
     try:
         return models.get_model(name, weights=weights, **own)  # type: ignore[no-any-return]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, HTTPException) as error:
         file = weights.url.rpartition("/")[2]
         raise ConfigError(
             [
                 f"backbone.weights: {weights.name} of {name} cannot be had: {' '.join(str(error).split())}; put {file} into "
-                f"{hub.get_dir()}/checkpoints, or set weights to null"
+                f"{hub.get_dir()}/checkpoints (in place of a damaged one), or set weights to null"
             ]
         ) from error
 

@@ -91,6 +91,7 @@ class RunResult:
     seconds: float
     images_per_second: float
     parameters: int
+    parameters_frozen: int
     val: dict[str, Any] | None
     test: dict[str, Any] | None
     sharing: str
@@ -184,6 +185,8 @@ def fit(run: Run) -> RunResult:
     config, state, started = run.config, State(), time.monotonic()
     with run.progress, closing(run.tracker), seeded(config.seed, "training"):
         run.progress.line(opening_line(run))
+        for task, start in config.init_from.items():
+            run.progress.line(f"{task} starts from {start.task or task} of {start.path} ({start.weights}, {start.digest})")
         log_exchange(run, state.steps, pictures=True)
         try:
             while not finished(run, state):
@@ -200,6 +203,7 @@ def fit(run: Run) -> RunResult:
         seconds=round(time.monotonic() - started, 3),
         images_per_second=round(state.images / state.training_seconds, 1),
         parameters=run.model.parameter_count(),
+        parameters_frozen=sum(p.numel() for p in run.model.parameters() if not p.requires_grad),
         val=state.best,
         test={**test, "score": score} if test else None,
         sharing=config.sharing.kind,

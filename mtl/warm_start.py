@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mtl.checkpoint import load_state, read_weights
+from mtl.checkpoint import is_of_run, load_state, read_weights
 from mtl.config import InitFrom
-from mtl.errors import ConfigError, RunError, unknown
+from mtl.errors import ConfigError, unknown
 from mtl.model import MultiTaskModel
 
 
@@ -37,7 +37,7 @@ def located(task: str, given: InitFrom) -> InitFrom:
     path = given.path.absolute()
     file = _file(path, given.weights)
     if not file.is_file():
-        what = "no such file or run" if not path.exists() else "a run directory without these weights"
+        what = "a run directory without these weights" if path.is_dir() else "no such file or run"
         raise ConfigError([f"init_from.{task}: {str(path)!r}: {what}; give a run directory or a .safetensors file"])
     with open(file, "rb") as stream:
         digest = file_digest(stream, "sha256").hexdigest()[:12]
@@ -62,25 +62,25 @@ def source(task: str, given: InitFrom) -> Source:
         ConfigError: the run trained several tasks, and not this one; RunError: damaged.
     """
     file = _file(given.path, given.weights)
-    if not given.path.is_dir():
+    if not is_of_run(file):
         return Source(str(file), _plain_file(file), None)
     state, description = read_weights(file)
-    trained = [one["name"] for one in description["tasks"]]
-    name = task if task in trained else trained[0]
-    if task not in trained and len(trained) > 1:
-        raise ConfigError([f"init_from.{task}: {str(given.path)!r}: {unknown('task', task, trained)}"])
+    trained, name = [one["name"] for one in description["tasks"]], given.task or task
+    if name not in trained:
+        raise ConfigError(
+            [
+                f"init_from.{task}: {str(given.path)!r}: {unknown('task', name, trained)}; "
+                f"{{path: ..., task: {trained[0]}}} starts from another task"
+            ]
+        )
     network = {**_under("trunk", state), **_under(f"towers.{name}", state)}
     return Source(str(file), network, _under(f"heads.{name}", state) if name == task else None)
 
 
 def _plain_file(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"weights {str(file)!r} are no readable safetensors file: {error}") from error
+    return load_file(file)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

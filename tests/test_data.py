@@ -99,7 +99,10 @@ def test_plugin_failures_are_reported_with_the_plugin() -> None:
     def gives_a_list(split: mtl.Split, root: Path) -> Any:
         return [1, 2]
 
-    with pytest.raises(mtl.PluginError, match=r"train split: dataset 'raises_inside' \(.*test_data.py\) failed: KeyError"):
+    with pytest.raises(
+        mtl.PluginError,
+        match=r"train split: dataset 'raises_inside' \(.*test_data.py\) failed \(test_data.py, line \d+\): KeyError",
+    ):
         load("raises_inside")
     with pytest.raises(mtl.PluginError, match=r"must give an mtl.ArrayDataset for the train split; found list"):
         load("gives_a_list")

@@ -237,7 +237,7 @@ def test_decoded_labels_are_those_above_the_threshold() -> None:
         (mtl.Regression(), torch.zeros(6, 2), r"must have shape \(6,\); found \(6, 2\); name several numbers"),
         (mtl.Regression(outputs=("x", "y")), torch.zeros(6), r"must have shape \(6, 2\); found \(6,\)"),
         (mtl.Regression(), torch.tensor([1.0, 2, 3, 4, 5, torch.inf]), r"label inf of sample 5 is not finite"),
-        (mtl.Regression(), torch.full((6,), 7.0), r"do not vary \(standard deviation 0.0 around 7.0\)"),
+        (mtl.Regression(), torch.full((6,), 7.0), r"do not vary, or too little .* \(standard deviation 0.0 around 7.0\)"),
         (mtl.Ordinal(("a", "b")), torch.tensor([0, 1, 2, 0, 1, 0]), r"label 2 of sample 2 is out of range; .* 0 to 1"),
         (mtl.Ordinal(("a", "b", "c")), torch.tensor([0, 1, 1, 0, 1, 0]), r"1 of 3 classes never seen .*: c"),
     ],
@@ -285,7 +285,7 @@ def test_a_given_mean_and_deviation_are_kept() -> None:
     assert head.fitted(NUMBER, everywhere(NUMBER)) == head
     with pytest.raises(mtl.MTLError, match="both mean and std, or neither"):
         mtl.Regression(mean=5.0)
-    with pytest.raises(mtl.MTLError, match="must be positive"):
+    with pytest.raises(mtl.MTLError, match="must be finite, and std positive"):
         mtl.Regression(mean=5.0, std=0.0)
 
 

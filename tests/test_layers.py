@@ -19,6 +19,7 @@ PLUGINS = sorted((ROOT / "tasks" / "mtl_tasks").glob("*.py"))
 RANK = {
     "errors": 0,
     "hardware": 0,
+    "label_metrics": 0,
     "progress": 0,
     "seeding": 0,
     "tracking": 0,

@@ -40,7 +40,7 @@ def test_paths_in_the_readme_exist() -> None:
 
 def test_the_python_snippets_run(in_tmp: Path) -> None:
     """The first as a program, the others beside it as the plugins they show; what they register trains together."""
-    program, heads, plugins = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program, heads, plugins, predicting = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     Path("snippet.py").write_text(program)
     Path("heads.py").write_text(heads)
     Path("plugins.py").write_text(plugins)
@@ -67,6 +67,18 @@ def test_the_python_snippets_run(in_tmp: Path) -> None:
     score, run_dir = done.stdout.split()
     assert 0 <= float(score) <= 1
     assert (in_tmp / run_dir / "result.json").is_file()
+    (in_tmp / run_dir).rename(in_tmp / "runs" / "digits")
+    predicted = subprocess.run([sys.executable, "-W", "error", "-c", predicting], capture_output=True, text=True, check=False)
+    assert predicted.stdout.strip() in ("even", "odd"), predicted.stderr
+
+
+def test_the_mistakes_shown_are_those_reported(in_tmp: Path) -> None:
+    shown = re.search(r"\$ mtl (train [^\n]* 'tasks=\[fashion_categry\]')\n(error: .*?)\n```", README, re.DOTALL)
+    assert shown
+    done = subprocess.run(
+        [sys.executable, "-m", "mtl", *shlex.split(shown[1])], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == shown[2].strip()
 
 
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]

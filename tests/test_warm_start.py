@@ -93,7 +93,7 @@ def test_bad_starts_are_explained_before_anything_is_written(tiny_config: dict[s
         ({"init_from": {"tiny_x": "a"}}, r"init_from: unknown task 'tiny_x'; known: tiny_a, tiny_b"),
         ({"init_from": {"tiny_a": "nowhere"}}, r"init_from.tiny_a: .*nowhere': no such file or run"),
         ({"init_from": {"tiny_a": "."}}, r"a run directory without these weights"),
-        ({"init_from": {"tiny_a": "text.safetensors"}}, r"no readable safetensors file"),
+        ({"init_from": {"tiny_a": "text.safetensors"}}, r"text.safetensors' are damaged"),
         (
             {"init_from": {"tiny_a": "a"}, **wide},
             r"weights of another network: \d+ of another shape \(pool1.conv.weight, ...\)",
@@ -103,7 +103,10 @@ def test_bad_starts_are_explained_before_anything_is_written(tiny_config: dict[s
             r"another network: \d+ missing \(conv1.weight, ...\), \d+ unknown",
         ),
         ({"init_from": {"tiny_a": "a", "tiny_b": "both"}, "sharing": "hard_shared"}, r"share a trunk, .* found tiny_a, tiny_b"),
-        ({"tasks": ["tiny_c"], "init_from": {"tiny_c": "both"}}, r"init_from.tiny_c: .*unknown task 'tiny_c'; known: tiny_a"),
+        (
+            {"tasks": ["tiny_c"], "init_from": {"tiny_c": "both"}},
+            r"unknown task 'tiny_c'; known: tiny_a.* \{path: ..., task: tiny_a\}",
+        ),
     ]
     for changes, message in cases:
         with pytest.raises(mtl.MTLError, match=message):
