@@ -340,7 +340,9 @@ def brief(said: dict[str, Any]) -> str:
         (", ".join(map(str, v)) or "none") if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
         for v in shown.values()
     ]
-    others = ", ".join(text if key == "unit" else f"{key} {text}" for key, text in zip([*shown][1:], texts[1:], strict=True))
+    unit = shown.pop("unit", None)
+    texts = [f"{texts[0]} {unit}", *texts[2:]] if unit else texts
+    others = ", ".join(f"{key} {text}" for key, text in zip([*shown][1:], texts[1:], strict=True))
     return f"{texts[0]} ({others})" if others else texts[0] if texts else json.dumps(said)
 
 

@@ -237,10 +237,10 @@ def _need_images(run: Restored) -> None:
 
 def _array(path: Path) -> np.ndarray[Any, Any]:
     try:
-        found = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
-        if isinstance(found, np.ndarray):
-            return found
-        with found:
+        if path.suffix.lower() == ".npy":
+            mapped: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, mmap_mode="r")
+            return mapped
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             names = found.files
             if not names:
                 raise DataError(f"{str(path)!r} holds no array")
@@ -248,7 +248,7 @@ def _array(path: Path) -> np.ndarray[Any, Any]:
                 raise DataError(f"{str(path)!r} holds several arrays and none called 'images': {', '.join(names)}")
             array: np.ndarray[Any, Any] = found["images" if "images" in names else names[0]]
             return array
-    except (OSError, ValueError, EOFError, OverflowError, MemoryError, KeyError, BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError, TypeError, KeyError, BadZipFile, zlib.error) as error:
         raise DataError(f"{str(path)!r} is no readable array: {error}") from error
 
 

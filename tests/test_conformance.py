@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,3 +205,36 @@ def test_the_command_reports_and_says_by_its_status_whether_all_is_well() -> Non
         CliRunner().invoke(cli.app, ["check-plugin", "tinya"], catch_exceptions=False)
     with pytest.raises(mtl.PluginError, match=r"unknown backbone 'resnet_18'"):
         CliRunner().invoke(cli.app, ["check-plugin", "tiny_a", "--backbone", "resnet_18"], catch_exceptions=False)
+
+
+def test_data_that_come_class_by_class_conform() -> None:
+    def by_class(split: str) -> mtl.ArrayDataset:
+        tiny = make_tiny(120, split)
+        order = tiny.labels["a"].argsort(stable=True)
+        return mtl.ArrayDataset(tiny.images[order], {"a": tiny.labels["a"][order].float()})
+
+    register("sorted_data", mtl.Regression(), by_class)
+    assert {title: detail for title, (ok, detail) in results("sorted_data").items() if not ok} == {}
+
+
+def test_a_loss_that_explodes_is_named() -> None:
+    def explodes(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none") * torch.where(output.abs().sum(1) > 5, torch.nan, 1.0)
+
+    register("broken", THREE, loss=explodes)
+    ok, detail = results("broken")["overfits a batch"]
+    assert ok is False
+    assert "the loss became nan at step" in detail
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    """Checking starts a process, which must not run the caller again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nsys.path.insert(0, sys.argv[1])\nimport conftest, mtl\nprint('begun')\n"
+        "print([c.ok for c in mtl.check_task('tiny_a') if c.name == 'pickles'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(ROOT / "tests")], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.stdout.split("\n") == ["begun", "[True]", ""], done.stderr

@@ -440,3 +440,61 @@ def test_mean_and_deviation_are_those_of_the_labelled_training_targets_and_saved
     module = task.head.build((3,))
     assert set(module.state_dict()) == {"mean", "std", "linear.0.weight", "linear.0.bias"}
     assert module.mean.item() == pytest.approx(train.targets["four_size"][mask].mean().item())
+
+
+# --- what reviews found -----------------------------------------------------------------------------------------------------
+
+
+def test_classes_without_a_label_or_a_positive_are_left_out_of_the_average() -> None:
+    head = mtl.MultiLabel(("seen", "no positive", "no label"))
+    target = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.int8)
+    valid = torch.tensor([[True, True, False]] * 4)
+    output = torch.tensor([[3.0, 1.0, 0.0], [-1.0, 2.0, 0.0], [2.0, 0.0, 0.0], [-2.0, 0.0, 0.0]])
+    assert figures(head, output, target, valid)["average_precision"] == 1.0
+    assert figures(head, output, torch.zeros_like(target), valid)["average_precision"] is None
+
+
+def test_a_kappa_that_is_undefined_counts_as_nothing() -> None:
+    head = mtl.Ordinal(("a", "b", "c"))
+    assert figures(head, torch.tensor([[-1.0, -2.0]] * 3), torch.zeros(3, dtype=torch.long))["kappa_quadratic"] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32])
+def test_labels_of_small_integer_types_are_compared_as_numbers(dtype: torch.dtype) -> None:
+    head = mtl.Classification([str(i) for i in range(256)])
+    labels = torch.arange(100).to(dtype)
+    assert torch.equal(head.targets(labels, everywhere(labels)), torch.arange(100))
+
+
+def test_ordered_classes_do_not_move_under_bf16() -> None:
+    head = mtl.Ordinal([str(i) for i in range(80)])
+    torch.manual_seed(0)
+    module, x = head.build((16,)), torch.randn(500, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = head.predictions(module(x))
+    assert torch.equal(half, head.predictions(module(x)))
+
+
+def test_small_figures_keep_their_digits() -> None:
+    head = mtl.Regression(mean=0.0, std=1e-9)
+    target = torch.tensor([1e-9, -1e-9, 3e-9])
+    assert figures(head, target + 1e-10, target)["mae"] == pytest.approx(1e-10, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mtl.Classification(("a", "b"), class_weights=(1.0, math.nan)),
+        lambda: mtl.Classification(("a", "b"), class_weights=3),
+        lambda: mtl.Classification(("a", "b"), class_weights=("x", "y")),
+        lambda: mtl.Classification(("a", "b"), focal_gamma=math.inf),
+        lambda: mtl.Regression(mean=math.nan, std=1.0),
+    ],
+)
+def test_arguments_that_are_no_numbers_are_refused(make: Any) -> None:
+    with pytest.raises(mtl.MTLError):
+        make()
+
+
+def test_a_description_from_before_an_option_existed_is_read() -> None:
+    assert mtl.Classification.restored_from({"head": "Classification", "classes": ["a", "b"]}) == mtl.Classification(("a", "b"))

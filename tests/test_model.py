@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mtl
+from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.registry import BACKBONES
@@ -228,3 +230,82 @@ def test_a_unit_that_changes_the_shape_is_refused() -> None:
     config = RunConfig(tasks=["tiny_a"], sharing={"kind": "halving", "points": ["fc3"]})
     with pytest.raises(mtl.PluginError, match=r"Half turns 2 features of shape \(102,\) into \(51,\), \(51,\)"):
         make(config.sharing)
+
+
+# --- own networks -----------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """One convolution under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Conv2d(1, 1, 3, padding=1)
+        self.m1, self.m2 = nn.Sequential(shared), nn.Sequential(shared, nn.Flatten())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.m2(self.m1(x))
+
+
+class Failing(nn.Module):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.linear = error, nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise self.error
+
+
+GLOBAL = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
+def own(make: Any, sharing: Any = None) -> MultiTaskModel:
+    tasks = [mtl.Task("tiny", "a", mtl.Classification(("x", "y")), name=f"t{i}") for i in range(2)]
+    mtl.register_backbone("own")(make)
+    maker = backbone_maker(BACKBONES.get("own"), (1, 8, 8), None)
+    del BACKBONES._claims["own"]
+    return MultiTaskModel(tasks, maker, sharing or mtl.Unshared(), {"tiny": Standardize((1, 8, 8), "none")}, (1, 8, 8), 0)
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = own(lambda input_shape: Tied(), mtl.CrossStitch(points=("m1",)))
+    save_weights(tmp_path / "w.safetensors", model, {})
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(tmp_path / "w.safetensors", model)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+    assert model.towers["t0"].m1[0].weight is model.towers["t0"].m2[0].weight
+
+
+def test_a_weight_used_on_both_sides_of_a_split_is_refused() -> None:
+    with pytest.raises(mtl.ConfigError, match=r"'m1.0.weight' is used before and after the split"):
+        own(lambda input_shape: Tied(), mtl.SplitAt(at="m1"))
+
+
+def test_a_factory_that_gives_one_network_twice_is_refused() -> None:
+    with pytest.raises(mtl.PluginError, match=r"towers of 't0' and 't1' share parameter '1.weight': .* make a fresh network"):
+        own(lambda input_shape: GLOBAL)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("two arguments"), AssertionError("wrong size"), KeyError("x"), RuntimeError("shape")]
+)
+def test_whatever_a_network_raises_is_an_error_for_users(error: Exception) -> None:
+    with pytest.raises(mtl.ConfigError, match=rf"the network fails on its way to .*: {type(error).__name__}: "):
+        own(lambda input_shape: Failing(error))
+
+
+def test_lazy_layers_learn_their_sizes() -> None:
+    model = own(lambda input_shape: nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyBatchNorm1d()))
+    assert model.towers["t1"][1].weight.shape == (5, 64)
+
+
+def test_frozen_batch_norm_without_parameters_keeps_its_statistics() -> None:
+    model = own(lambda input_shape: nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(64, 3)))
+    model.freeze(["towers.t0"])
+    model.train()
+    model({"tiny": torch.rand(4, 1, 8, 8)})
+    assert int(model.towers["t0"][0].num_batches_tracked) == 0
+    assert int(model.towers["t1"][0].num_batches_tracked) == 1

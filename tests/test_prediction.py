@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ def test_csv_has_a_column_per_figure_and_no_formulas(run: Path, samples: np.ndar
         "index": 3, "t.labels": "a;b", "t.score": -1.5,
     }  # fmt: skip
     for_people = CliRunner().invoke(cli.app, ["predict", str(run), str(in_tmp / "grey.png")]).stdout
-    assert "blocks_class: =grey 0." in for_people
+    assert "blocks_class: =grey (score 0." in for_people
+    assert re.search(r"blocks_level: [0-9.]+ cd\n", for_people)
     assert "blocks_several: none" in for_people
 
 
@@ -269,3 +271,98 @@ def test_resizing_keeps_a_flat_image_flat_and_leaves_the_right_size_alone() -> N
     image = torch.full((3, 40, 30), 200, dtype=torch.uint8)
     assert resized(image, (40, 30)) is image
     assert torch.equal(resized(image, (8, 10)), torch.full((3, 8, 10), 200, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_hostile_files_are_told_from_images_and_nothing_else_is_raised(in_tmp: Path, suffix: str) -> None:
+    """Bytes changed at random, in the header most of all, with EXIF in it: a picture or a reason, never another error."""
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "text", 72.0
+    Image.fromarray(generator.integers(0, 256, (16, 12, 3)).astype(np.uint8)).save(f"good.{suffix}", exif=exif)
+    good = np.frombuffer(Path(f"good.{suffix}").read_bytes(), np.uint8)
+    outcomes = set()
+    for _ in range(400):
+        data = good.copy()
+        where = generator.integers(2, min(len(data), 200), generator.integers(1, 6))
+        data[where] = generator.integers(0, 256, len(where))
+        Path(f"bad.{suffix}").write_bytes(data[: generator.integers(len(data) // 2, len(data) + 1)].tobytes())
+        try:
+            assert read_image(Path(f"bad.{suffix}"), 3).dtype == torch.uint8
+            outcomes.add("read")
+        except mtl.DataError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"} or suffix == "png"
+
+
+def test_broken_exif_data_do_not_lose_the_picture(in_tmp: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = "sideways"
+    image = Image.new("RGB", (4, 6), (9, 9, 9))
+    image.save("odd.png")
+    image.save("odd.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x02\xff\xff\xff\xff")
+    assert read_image(Path("odd.jpg"), 3).shape == read_image(Path("odd.png"), 3).shape == (3, 6, 4)
+
+
+def test_damaged_array_files_are_explained(run: Path, samples: np.ndarray, in_tmp: Path) -> None:
+    np.savez_compressed("good.npz", images=samples)
+    data = bytearray(Path("good.npz").read_bytes())
+    Path("cut.npz").write_bytes(data[: len(data) // 2])
+    data[60:90] = bytes(30)
+    Path("flipped.npz").write_bytes(data)
+    header = np.lib.format.magic(1, 0) + (118).to_bytes(2, "little")
+    for name, shape in (("huge", "(1000000000000, 3, 8, 10)"), ("negative", "(-1, 3, 8, 10)")):
+        text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+        Path(f"{name}.npy").write_bytes(header + text.ljust(117).encode() + b"\n" + bytes(40))
+    np.savez("empty.npz")
+    for name in ("cut.npz", "flipped.npz", "huge.npy", "negative.npy", "empty.npz"):
+        with pytest.raises(mtl.DataError, match=name):
+            mtl.predict(run, [name])
+
+
+def test_one_input_one_sample_and_the_network_itself(run: Path, samples: np.ndarray, in_tmp: Path) -> None:
+    save(samples[0], in_tmp / "one.png")
+    assert len(mtl.predict(run, "one.png").predictions) == 1
+    assert len(mtl.predict(run, samples).predictions) == len(mtl.predict(run, samples[0]).predictions) + 6 == 7
+    restored = mtl.load_model(run)
+    outputs = restored(samples)
+    assert {name: tuple(y.shape) for name, y in outputs.items()} == {
+        "blocks_class": (7, 3), "blocks_order": (7, 2), "blocks_several": (7, 2), "blocks_level": (7,),
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=r"takes images by dataset, as in \{'blocks': images\}"):
+        restored.model(torch.from_numpy(samples))
+
+
+def test_numbers_that_json_has_no_word_for_are_null(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    @mtl.register_dataset("floats")
+    def floats(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        return mtl.ArrayDataset(torch.randn(40, 5), {"y": torch.arange(40) % 2})
+
+    @mtl.register_task("floats_y")
+    def y() -> mtl.Task:
+        return mtl.Task("floats", "y", mtl.Classification(("a", "b")))
+
+    tiny_config |= {"tasks": ["floats_y"], "backbone": "mlp", "epochs": 1}
+    mtl.train(mtl.RunConfig(**tiny_config), in_tmp / "run")
+    (row,) = mtl.predict(in_tmp / "run", torch.full((1, 5), 3e38)).predictions
+    json.dumps(row, allow_nan=False)
+    save(np.zeros((3, 4, 4), np.uint8), in_tmp / "x.png")
+    with pytest.raises(mtl.DataError, match=r"takes float32 samples of shape \(5,\), which image files do not give"):
+        mtl.predict(in_tmp / "run", "x.png")
+    config = (in_tmp / "run" / "config.yaml").read_text()
+    (in_tmp / "run" / "config.yaml").write_text(config.replace("precision:", "precise:"))
+    with pytest.raises(mtl.RunError, match=r"is incomplete, or of another version: KeyError: 'precision'"):
+        mtl.load_model(in_tmp / "run")
+
+
+def test_a_network_of_a_plugin_is_asked_for(tiny_config: dict[str, Any], in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtl.registry import BACKBONES
+
+    @mtl.register_backbone("own_net")
+    def own_net(input_shape: tuple[int, ...]) -> nn.Module:
+        return nn.Flatten()
+
+    mtl.train(mtl.RunConfig(**{**tiny_config, "backbone": "own_net", "epochs": 1}), in_tmp / "run")
+    monkeypatch.delitem(BACKBONES._claims, "own_net")
+    with pytest.raises(mtl.RunError, match=r"unknown backbone 'own_net'.* needs that plugin, installed or by --plugin FILE.py"):
+        mtl.load_model(in_tmp / "run")

@@ -17,7 +17,7 @@ from mtl import build
 from mtl.checkpoint import load_state
 from mtl.model import backbone_maker, describe_backbone
 from mtl.registry import BACKBONES
-from mtl.stages import cut
+from mtl.stages import cut, module_outputs
 from mtl.torchvision_backbones import FAMILIES, TorchvisionOptions, family_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -221,3 +221,33 @@ def test_pretrained_weights_fit_families_with_peculiarities(name: str, tmp_path:
         last = reference.fc
         assert made.network.transform_input is reference.transform_input is True
     torch.testing.assert_close(last(made.network.eval()(x)), reference(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "vit_b_16"])
+def test_no_convolution_is_taken_for_channels_last(name: str) -> None:
+    made = make(name, (3, 32, 32))
+    modules = dict(made.network.named_modules())
+    outputs = module_outputs(made.network, made.prepare(torch.zeros(2, 3, 32, 32)))
+    for point, shape in outputs.items():
+        module = modules[point]
+        if isinstance(module, nn.Conv2d):
+            assert not made.is_channels_last(point), point
+        if isinstance(module, nn.LayerNorm) and not isinstance(shape, str) and len(shape) > 1:
+            assert made.is_channels_last(point), point
+
+
+def test_a_size_that_weights_do_not_take_is_refused() -> None:
+    with pytest.raises(mtl.ConfigError, match=r"image_size=384: DEFAULT of 'vit_b_32' takes 224"):
+        make("vit_b_32", (3, 32, 32), weights="DEFAULT", image_size=384)
+
+
+def test_a_damaged_download_is_explained(cached: dict[str, torch.Tensor], tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    import os
+
+    (file,) = (Path(os.environ["TORCH_HOME"]) / "hub" / "checkpoints").iterdir()
+    file.write_text("<html>Sign in to the network</html>")
+    tiny_config["backbone"] = {"name": "mobilenet_v3_small", "weights": "DEFAULT"}
+    with pytest.raises(
+        mtl.ConfigError, match=r"IMAGENET1K_V1 of mobilenet_v3_small cannot be had: .*in place of a damaged one"
+    ):
+        mtl.train(mtl.RunConfig(**tiny_config), in_tmp / "run")

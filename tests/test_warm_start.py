@@ -146,3 +146,15 @@ def test_frozen_exchange_at_the_identity_is_unshared(tiny_config: dict[str, Any]
     assert plain.val is not None
     assert result.val == plain.val
     assert result.parameters == plain.parameters
+
+
+def test_a_run_of_another_task_and_a_runs_own_file(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    source = trained(tiny_config, in_tmp / "a", tasks=["tiny_a"])
+    with pytest.raises(
+        mtl.ConfigError, match=r"unknown task 'tiny_b'; known: tiny_a.*; \{path: ..., task: tiny_a\} starts from"
+    ):
+        begun(tiny_config, in_tmp / "refused", init_from={"tiny_b": "a"})
+    other = begun(tiny_config, in_tmp / "other", init_from={"tiny_b": {"path": "a", "task": "tiny_a"}})
+    assert same(under("towers.tiny_b.", other), under("towers.tiny_a.", source))
+    file = begun(tiny_config, in_tmp / "file", init_from={"tiny_a": "a/checkpoints/best.safetensors"})
+    assert same(under("heads.tiny_a.", file), under("heads.tiny_a.", source))
