@@ -2,8 +2,8 @@
 
     python -m benchmarks.balancers [NAME ...] [--steps N]
 
-Two tasks on drawn shapes, `small_cnn`, batch 128, fp32; every round takes one step with each balancer in turn, so that a drift of
-the machine meets all alike. Medians and quartiles over rounds, after warm-up.
+Two tasks on drawn shapes, `small_cnn`, batch 128, fp32; every round takes one step with each balancer in turn, so that a drift
+of the machine meets all alike. Medians and quartiles over rounds, after warm-up.
 """
 
 from __future__ import annotations
