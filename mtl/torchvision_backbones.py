@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl.backbones import Backbone, need_image
 from mtl.checkpoint import load_state
@@ -29,8 +30,15 @@ class TorchvisionOptions(Options):
     weights: str | None = None
     """Pretrained weights by torchvision's name, such as DEFAULT or IMAGENET1K_V1, downloaded once into torch's hub folder;
     null: random ones. They were trained with what `data.standardize: imagenet` does."""
+    norm_momentum: float | None = Field(None, gt=0, le=1)
+    """Of batch norm's running statistics; null: torch's 0.1 with random weights, torchvision's own with pretrained ones. At
+    those of MobileNetV3, MNASNet, MaxViT and the larger EfficientNets (0.01 to 0.0003) it takes thousands of steps to forget
+    the variance of 1 that statistics begin with, and until then evaluation is at chance."""
     image_size: int | None = Field(None, ge=1)
     """Resize images to this height and width before the network; null: their own size, or the smallest the network takes."""
+
+
+FRESH_MOMENTUM = 0.1
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,11 @@ def _backbone(name: str, input_shape: Sequence[int], options: TorchvisionOptions
             arguments["image_size"] = trained
             size = (trained, trained)
     network = _without_classifier(models.get_model(name, weights=None, **arguments))
+    momentum = options.norm_momentum or (FRESH_MOMENTUM if weights is None else None)
+    if momentum is not None:
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = momentum
 
     def load(fresh: nn.Module) -> None:
         found = _without_classifier(_loaded(name, weights, arguments)).state_dict()

@@ -251,3 +251,28 @@ def test_a_damaged_download_is_explained(cached: dict[str, torch.Tensor], tiny_c
         mtl.ConfigError, match=r"IMAGENET1K_V1 of mobilenet_v3_small cannot be had: .*in place of a damaged one"
     ):
         mtl.train(mtl.RunConfig(**tiny_config), in_tmp / "run")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "mnasnet0_5", "efficientnet_b5"])
+def test_a_short_training_from_random_weights_can_be_evaluated(name: str) -> None:
+    """After 120 steps on one distribution statistics are those of batches; at a momentum like mnasnet's they are not."""
+
+    def gap(**options: Any) -> float:
+        torch.manual_seed(0)
+        network = make(name, (3, 32, 32), **options).network
+        norm = next(m for m in reversed(list(network.modules())) if isinstance(m, nn.BatchNorm2d))
+        x = 0.1 * torch.randn(64, norm.num_features, 2, 2)
+        with torch.no_grad():
+            for _ in range(120):
+                norm.train()(x)
+            return float((norm.eval()(x).std() - norm.train()(x).std()).abs())
+
+    assert gap() < 0.1
+    assert gap(norm_momentum=0.003) > 0.5
+
+
+def test_pretrained_networks_keep_their_own_momentum(cached: dict[str, torch.Tensor]) -> None:
+    norms = [
+        m for m in make("mobilenet_v3_small", (3, 32, 32), weights="DEFAULT").network.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    assert {m.momentum for m in norms} == {0.01}
