@@ -228,8 +228,12 @@ def _overfits(of: _Subject) -> str:
     target = of.batch.targets[of.name]
     varies = bool((target != target[:1]).any())
     (before, score_before), (after, score_after), step = _batch_figures(of), (math.inf, None), 0
+
+    def learned() -> bool:
+        return after <= FALLS_TO * before or (varies and score_after is not None and score_after >= SCORES)
+
     optimizer = torch.optim.Adam(of.model.parameters(), lr=RATE)
-    while step < STEPS and not (after <= FALLS_TO * before or (varies and score_after is not None and score_after >= SCORES)):
+    while step < STEPS and not learned():
         of.model.train()
         for _ in range(EVERY):
             step += 1
@@ -242,7 +246,7 @@ def _overfits(of: _Subject) -> str:
         after, score_after = _batch_figures(of)
     name = of.task.score_name
     found = f"loss {before:.4g} -> {after:.4g}, {name} {_brief(score_before)} -> {_brief(score_after)} in {step} steps"
-    if not (after <= FALLS_TO * before or (varies and score_after is not None and score_after >= SCORES)):
+    if not learned():
         raise _BrokenError(
             f"{len(target)} samples cannot be learned by heart: {found}; do labels belong to their images, and does the loss "
             "fall where predictions improve?"

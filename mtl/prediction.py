@@ -105,37 +105,34 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
     if weights not in ("best", "last"):
         raise ConfigError([unknown("weights", weights, ("best", "last"))])
-    try:
-        return _restored(directory, weights, device)
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise RunError(
-            f"{str(directory)!r} is incomplete, or of another version: {type(error).__name__}: {error}; was a file edited?"
-        ) from error
-
-
-def _restored(directory: Path, weights: str, device: str) -> Restored:
     tree = read_tree(directory / "config.yaml")
     file = directory / "checkpoints" / f"{weights}.safetensors"
     description = read_description(file)
-    tasks = [restored_task(one, tree) for one in description["tasks"]]
-    name, precision = usable(device, tree["precision"])
     try:
-        backbone, sharing = choose(BACKBONES, tree["backbone"]), choose_sharing(tree["sharing"])
+        standardize, seed, written_precision = tree["data"]["standardize"], tree["seed"], tree["precision"]
+        given_backbone, given_sharing = tree["backbone"], tree["sharing"]
+        given_tasks = {one if isinstance(one, str) else one["name"]: one for one in tree["tasks"]}
+        shape, dtype = tuple(description["input"]["shape"]), getattr(torch, description["input"]["dtype"])
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{str(directory)!r} is incomplete, or of another version: {type(error).__name__}: {error}; was a file edited?"
+        ) from error
+    tasks = [restored_task(one, given_tasks) for one in description["tasks"]]
+    name, precision = usable(device, written_precision)
+    try:
+        backbone, sharing = choose(BACKBONES, given_backbone), choose_sharing(given_sharing)
     except ValueError as error:
         raise RunError(
             f"the network of {str(directory)!r} cannot be built here: {error}; one that a plugin brings needs that plugin, "
             "installed or by --plugin FILE.py"
         ) from error
-    shape = tuple(description["input"]["shape"])
-    standardize = tree["data"]["standardize"]
-    model = make_model(tasks, shape, backbone, sharing, standardize, tree["seed"], name, pretrained=False)
+    model = make_model(tasks, shape, backbone, sharing, standardize, seed, name, pretrained=False)
     load_weights(file, model)
-    dtype = getattr(torch, description["input"]["dtype"])
     return Restored(model.eval(), shape, dtype, torch.device(name), precision)
 
 
-def restored_task(described: Mapping[str, Any], tree: Mapping[str, Any]) -> Task:
-    """A task as a weights file describes it. A head of its own comes from its plugin.
+def restored_task(described: Mapping[str, Any], given: Mapping[str, Any]) -> Task:
+    """A task as a weights file describes it. A head of its own comes from its plugin, with the options `given` by task name.
 
     Raises:
         PluginError: the plugin with that head is not there.
@@ -145,8 +142,7 @@ def restored_task(described: Mapping[str, Any], tree: Mapping[str, Any]) -> Task
         head: Head = BUNDLED[kind].restored_from(described)
     else:
         try:
-            given = next(one for one in tree["tasks"] if one == name or one["name"] == name)
-            choice = choose(TASKS, given)
+            choice = choose(TASKS, given.get(name, name))
             head = make_task(name, choice.options).head.restored(dict(described))  # type: ignore[arg-type]
         except (MTLError, ValueError) as error:
             raise PluginError(

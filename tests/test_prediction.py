@@ -218,7 +218,7 @@ def test_a_head_of_its_own_needs_its_plugin_and_says_so(
     def own() -> mtl.Task:
         return mtl.Task("tiny", "a", OwnHead(("dark", "grey", "light")))
 
-    result = mtl.train(mtl.RunConfig(**{**tiny_config, "tasks": ["tiny_own", "tiny_b"]}), in_tmp / "run")
+    result = mtl.train(mtl.RunConfig(**{**tiny_config, "tasks": ["tiny_b", "tiny_own"]}), in_tmp / "run")
     images = np.zeros((2, 1, 8, 8), np.uint8)
     rows = mtl.predict(result.run_dir, [images]).predictions
     assert set(rows[0]["tasks"]) == {"tiny_own", "tiny_b"}
@@ -292,7 +292,8 @@ def test_hostile_files_are_told_from_images_and_nothing_else_is_raised(in_tmp: P
             outcomes.add("read")
         except mtl.DataError:
             outcomes.add("refused")
-    assert outcomes == {"read", "refused"} or suffix == "png"
+    assert "refused" in outcomes
+    assert suffix == "png" or "read" in outcomes  # a PNG carries checksums
 
 
 def test_broken_exif_data_do_not_lose_the_picture(in_tmp: Path) -> None:
