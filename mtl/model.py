@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from mtl.backbones import Backbone, prepare
 from mtl.errors import ConfigError, MTLError, PluginError, unknown
+from mtl.execution import Execution, OneByOne, Segment
 from mtl.heads import check_consumes
 from mtl.registry import Plugin
 from mtl.seeding import seeded
@@ -78,6 +79,7 @@ class MultiTaskModel(nn.Module):
     ) -> None:
         super().__init__()
         self._held: list[nn.Module] = []
+        self.execution: Execution = OneByOne()
         self.tasks = tuple(tasks)
         with seeded(seed, "trunk"):
             trunk = make_backbone()
@@ -138,21 +140,19 @@ class MultiTaskModel(nn.Module):
         was_training = self.training
         self.eval()
         features = [x] * len(self.tasks)
-        for i, stage in enumerate(self.stages):
-            features = [stage(self.towers[task.name], f) for task, f in zip(self.tasks, features, strict=True)]
-            if i not in self._unit_after:
-                continue
-            shapes = [tuple(f.shape[1:]) for f in features]
+        for segment in self.segments():
+            features = [segment(self.towers[task.name], f) for task, f in zip(self.tasks, features, strict=True)]
+            unit = segment.unit
+            if unit is None:
+                break
+            shapes, point = [tuple(f.shape[1:]) for f in features], segment.stages[-1].point
             if len(set(shapes)) > 1:
                 found = ", ".join(f"{task.name} {shape}" for task, shape in zip(self.tasks, shapes, strict=True))
-                raise ConfigError([f"sharing.points: towers differ in shape at {stage.point!r}: {found}; they cannot exchange"])
-            unit = self.units[self._unit_after[i]]
+                raise ConfigError([f"sharing.points: towers differ in shape at {point!r}: {found}; they cannot exchange"])
             try:
-                mixed = self._exchanged(i, features)
+                mixed = segment.exchange(features)
             except Exception as error:
-                raise PluginError(
-                    f"{type(unit).__name__} at {stage.point!r} failed: {type(error).__name__}: {error}"
-                ) from error
+                raise PluginError(f"{type(unit).__name__} at {point!r} failed: {type(error).__name__}: {error}") from error
             if [tuple(f.shape[1:]) for f in mixed] != shapes:
                 found = ", ".join(str(tuple(f.shape[1:])) for f in mixed)
                 raise PluginError(f"{type(unit).__name__} turns {len(shapes)} features of shape {shapes[0]} into {found}")
@@ -220,20 +220,19 @@ class MultiTaskModel(nn.Module):
         return self._run_towers([own[task.dataset] for task in present], present)
 
     def _run_towers(self, x: list[Tensor], tasks: Sequence[Task]) -> list[Tensor]:
-        for i, stage in enumerate(self.stages):
-            if i < self.shared_stages:
-                continue
-            x = [stage(self.towers[task.name], value) for task, value in zip(tasks, x, strict=True)]
-            if i in self._unit_after:
-                x = self._exchanged(i, x)
-        return x
+        if not self.towers:
+            return x
+        return self.execution.run([self.towers[task.name] for task in tasks], self.segments(), x)
 
-    def _exchanged(self, i: int, x: list[Tensor]) -> list[Tensor]:
-        """The features after stage i, exchanged: T tensors -> T tensors, as the stages have them."""
-        unit = self.units[self._unit_after[i]]
-        if i not in self._channels_last:
-            return list(unit(x))
-        return [y.movedim(1, -1) for y in unit([value.movedim(-1, 1) for value in x])]
+    def segments(self) -> list[Segment]:
+        """What the towers run, from exchange to exchange."""
+        found, first = [], self.shared_stages
+        for i in [*self._unit_after, len(self.stages)]:
+            stages = tuple(self.stages[first : i + 1])
+            unit = self.units[self._unit_after[i]] if i in self._unit_after else None
+            found.append(Segment(stages, unit, i in self._channels_last))  # type: ignore[arg-type]
+            first = i + 1
+        return found
 
     def present(self, datasets: Sequence[str]) -> list[Task]:
         """The tasks of these datasets, in order."""

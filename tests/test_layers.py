@@ -31,6 +31,7 @@ RANK = {
     "registry": 1,
     "stages": 1,
     "backbones": 2,
+    "execution": 2,
     "balancing": 2,
     "heads": 2,
     "optim": 2,
