@@ -126,6 +126,12 @@ class RunConfig(Options):
     """End when the validation score has not risen for this many epochs; null: never."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass. auto: bf16 autocast on hardware that computes in it, else fp32."""
+    execution: Literal["auto", "batched", "towers"] = "auto"
+    """How towers are run. batched: as one network with stacked parameters; towers: one after the other. auto: batched on CUDA
+    where the network allows it, else towers (a CPU loses by batching). Results differ by rounding only."""
+    compile: Literal["auto", "none", "units"] = "auto"
+    """What torch.compile makes one pass over memory of. units: exchange units; none: nothing. auto: units on a CPU with a C++
+    compiler when the run is long enough to make up for compiling, else none. Results differ by rounding only."""
     device: str = "auto"
     """As torch names it: cpu, cuda, cuda:1, mps. auto: CUDA where there is one, else the CPU."""
     seed: int = 0

@@ -14,13 +14,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mtl.errors import ConfigError
+from mtl.mixing import mix
 from mtl.options import Options
 from mtl.registry import register_unit
 from mtl.sharing import Exchange
 from mtl.units import ExchangeUnit
 
 BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient, Adam's two moments
-CHAINED = 4  # towers; see CrossStitchUnit._changes
 
 
 class StitchInit(Options):
@@ -115,30 +115,8 @@ class CrossStitchUnit(ExchangeUnit):
                 flat = torch.cat([f.flatten(1) for f in features], dim=1).to(self.alpha.dtype)
                 mixed = (flat @ self.alpha.T).to(first.dtype)
                 return [m.reshape(first.shape) for m in mixed.chunk(self.tasks, dim=1)]
-            return [f + change for f, change in zip(features, self._changes(features), strict=True)]
-
-    def _changes(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """x~_t - x_t for each task.
-
-        In bf16 an alpha near 1 is rounded to multiples of 2^-8, which would swallow most of what it learns; alpha minus the
-        identity is not. Up to `CHAINED` towers are summed one by one, in the features' own memory layout and with no more
-        full activations alive than towers; above that one product over the tower axis is as fast (measured: 2 cores).
-        """
-        identity = torch.eye(self.tasks, device=self.alpha.device, dtype=self.alpha.dtype)
-        spatial = [1] * (features[0].ndim - 2)
-        excess = (self.alpha - identity.view(self.tasks, self.tasks, *[1] * (self.alpha.ndim - 2))).to(features[0].dtype)
-        excess = excess.reshape(self.tasks, self.tasks, -1, *spatial)  # (T, T, C or 1, 1, ...)
-        if self.tasks > CHAINED:
-            stacked = torch.stack(list(features))
-            weights = excess.expand(-1, -1, features[0].shape[1], *spatial).flatten(2)
-            return list(torch.einsum("tsc,sbc...->tbc...", weights, stacked).unbind(0))
-        changes = []
-        for row in excess.unbind(0):
-            change = features[0] * row[0]
-            for weight, f in zip(row[1:], features[1:], strict=True):
-                change = torch.addcmul(change, f, weight)
-            changes.append(change)
-        return changes
+            alpha = self.alpha if self.granularity == "channel" else self.alpha[:, :, None]
+            return mix(features, alpha, self.compiled)
 
     @torch.no_grad()
     def coupling(self) -> Tensor:

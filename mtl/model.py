@@ -7,6 +7,7 @@ dataset is standardised is part of the model (`inputs.<dataset>.mean`), so weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -293,6 +294,11 @@ class MultiTaskModel(nn.Module):
     def exchange(self) -> dict[str, ExchangeUnit]:
         """Layer point -> its exchange unit, in execution order."""
         return {self.stages[i].point: self.units[key] for i, key in self._unit_after.items()}  # type: ignore[misc]
+
+    def exchanged_products(self) -> int:
+        """Multiply-adds of all exchange units on one sample, if each mixes T features channel by channel."""
+        shapes = {point.name: point.shape for point in self.points}
+        return sum(len(self.tasks) ** 2 * math.prod(shapes[name]) for name in self.exchange())
 
     def parameter_count(self) -> int:
         """Trainable numbers, exchange units included."""

@@ -30,6 +30,7 @@ from mtl.config import RunConfig
 from mtl.data import Samples, Split
 from mtl.errors import RunError
 from mtl.evaluation import TaskFigures, evaluate, mean_score, summed_loss
+from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, Outputs
 from mtl.optim import L2, lay_out_gradients
 from mtl.progress import Progress
@@ -57,6 +58,10 @@ class Run:
     tracker: Tracker
     rows: Rows
     progress: Progress
+    notes: list[str] = field(default_factory=list)
+    """What is said when the run begins: which rule decided what, and why."""
+    warm_up_seconds: float = 0.0
+    """Spent on compiling before the first step."""
     shared_parameters: list[nn.Parameter] = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
     weights: Tensor = field(init=False)
@@ -90,6 +95,7 @@ class RunResult:
     best_epoch: int
     seconds: float
     images_per_second: float
+    warm_up_seconds: float
     parameters: int
     parameters_frozen: int
     val: dict[str, Any] | None
@@ -183,8 +189,9 @@ def fit(run: Run) -> RunResult:
         RunError: a loss is no longer finite; weights of the epochs before stay on disk, as they do after Ctrl-C.
     """
     config, state, started = run.config, State(), time.monotonic()
-    with run.progress, closing(run.tracker), seeded(config.seed, "training"):
-        run.progress.line(opening_line(run))
+    with run.progress, closing(run.tracker), seeded(config.seed, "training"), memory_kept():
+        for line in [opening_line(run), *run.notes]:
+            run.progress.line(line)
         for task, start in config.init_from.items():
             run.progress.line(f"{task} starts from {start.task or task} of {start.path} ({start.weights}, {start.digest})")
         log_exchange(run, state.steps, pictures=True)
@@ -202,6 +209,7 @@ def fit(run: Run) -> RunResult:
         best_epoch=state.best_epoch,
         seconds=round(time.monotonic() - started, 3),
         images_per_second=round(state.images / state.training_seconds, 1),
+        warm_up_seconds=round(run.warm_up_seconds, 3),
         parameters=run.model.parameter_count(),
         parameters_frozen=sum(p.numel() for p in run.model.parameters() if not p.requires_grad),
         val=state.best,

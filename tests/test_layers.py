@@ -32,6 +32,7 @@ RANK = {
     "stages": 1,
     "backbones": 2,
     "execution": 2,
+    "mixing": 0,
     "balancing": 2,
     "heads": 2,
     "optim": 2,

@@ -1,0 +1,154 @@
+"""The product at the heart of a cross-stitch unit, and its derivative: y_t = sum_s alpha[t, s, c] x_s, for features (N, C).
+
+Written twice. `_mixed` and `_unmixed` in plain operations run anywhere; the same in scalar form is compiled by torch.compile
+into one pass over memory (`compiled=True`), which is where the time goes: the plain form reads and writes every feature about
+T times, and T^2 times for the derivative with respect to alpha. Both compute in float32 (float64 for float64 features), which
+matters in bf16: an alpha near 1 would be rounded to multiples of 2^-8.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+TERMS = 32
+"""Products that one compiled kernel holds; above that compilation takes longer than it saves."""
+
+
+def mix(features: Sequence[Tensor], alpha: Tensor, compiled: bool = False) -> list[Tensor]:
+    """T features mixed channel by channel (Misra et al. 2016, equation 1).
+
+    Args:
+        features: T tensors (B, C, ...) of one shape. Channels-last memory is neither copied nor left.
+        alpha: (T, T, C), or (T, T, 1) for one weight per pair of towers.
+        compiled: use the compiled kernels; they are made at the first call for a number of towers and a dtype.
+
+    Returns:
+        T tensors of the features' shape and dtype.
+    """
+    if len(features) == 1 and not compiled:
+        return [features[0] * _broadcast(alpha[0, 0], features[0])]
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():  # somebody else's compiler fuses these by itself
+        return [
+            sum((_broadcast(a, x) * x for a, x in zip(row, features, strict=True)), torch.zeros_like(features[0]))
+            for row in alpha.to(features[0].dtype)
+        ]
+    wide = torch.promote_types(features[0].dtype, torch.float32)
+    weights = alpha.to(wide).expand(-1, -1, features[0].shape[1])
+    return list(_Mix.apply(compiled, weights, *features))
+
+
+def _broadcast(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.to(like.dtype).view(-1, *[1] * (like.ndim - 2))
+
+
+class _Mix(torch.autograd.Function):
+    """(compiled, alpha (T, T, C), T features) -> T features."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, compiled: bool, alpha: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.compiled = compiled  # type: ignore[attr-defined]
+        ctx.save_for_backward(alpha, *features)
+        alpha, x = alpha.detach(), [rows(f.detach()) for f in features]  # torch.compile warns of what has a graph
+        mixed = compiled_mix(alpha, x) if compiled else _mixed(alpha, x)
+        return tuple(unrows(y, features[0].shape) for y in mixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        alpha, *features = (saved.detach() for saved in ctx.saved_tensors)
+        x, g = [rows(f) for f in features], [rows(one) for one in gradients]
+        batched = any(torch._C._functorch.is_batchedtensor(one) for one in g)  # several backward passes at once, by vmap
+        unmix = compiled_unmix if ctx.compiled and not batched else _unmixed
+        of_alpha, of_features = unmix(alpha, x, g)
+        return None, of_alpha, *(unrows(d, f.shape) for d, f in zip(of_features, features, strict=True))
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, C, ...) -> (N, C); a view of channels-last memory."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def unrows(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N, C) -> (B, C, ...), a view, channels last in memory."""
+    return x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def _mixed(alpha: Tensor, x: Sequence[Tensor]) -> list[Tensor]:
+    """y_t. Off-diagonal products and the deviation of the diagonal from 1 are summed in the features' own dtype, then added to
+    x_t, so that half precision rounds what is exchanged and not what is kept.
+    """
+    towers = len(x)
+    excess = (alpha - torch.eye(towers, dtype=alpha.dtype, device=alpha.device)[:, :, None]).to(x[0].dtype)
+    mixed = []
+    for t in range(towers):
+        change = x[0] * excess[t, 0]
+        for s in range(1, towers):
+            change.addcmul_(x[s], excess[t, s])
+        mixed.append(change.add_(x[t]))
+    return mixed
+
+
+def _unmixed(alpha: Tensor, x: Sequence[Tensor], g: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Derivatives: of alpha, sum_n g_t x_s, and of each x_s, sum_t alpha[t, s] g_t."""
+    of_alpha = torch.stack([torch.stack([(one * f).sum(0, dtype=alpha.dtype) for f in x]) for one in g])
+    return of_alpha, _mixed(alpha.transpose(0, 1), g)
+
+
+def compiled_mix(alpha: Tensor, x: Sequence[Tensor]) -> list[Tensor]:
+    """As `_mixed`, some towers at a time, each in one pass."""
+    mixed: list[Tensor] = []
+    for part in _blocks(len(x)):
+        mixed += _kernel(_products, len(x), part.stop - part.start)(alpha[part], x)
+    return mixed
+
+
+def compiled_unmix(alpha: Tensor, x: Sequence[Tensor], g: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """As `_unmixed`, some towers at a time, each in one pass."""
+    of_alpha, of_features = [], []
+    for part in _blocks(len(x)):
+        columns, outputs = _kernel(_derivatives, len(x), part.stop - part.start)(alpha[:, part], x[part], g)
+        of_alpha.append(columns)
+        of_features += outputs
+    return torch.cat(of_alpha, dim=1), of_features
+
+
+def _blocks(towers: int) -> list[slice]:
+    size = max(1, min(towers, TERMS // towers))
+    return [slice(i, min(i + size, towers)) for i in range(0, towers, size)]
+
+
+def _products(alpha: Tensor, x: list[Tensor]) -> list[Tensor]:
+    """alpha (b, T, C), T features (N, C) -> b features."""
+    wide = [f.to(alpha.dtype) for f in x]
+    mixed = []
+    for row in alpha.unbind(0):
+        y = wide[0] * row[0]
+        for s in range(1, len(wide)):
+            y = y + wide[s] * row[s]
+        mixed.append(y.to(x[0].dtype))
+    return mixed
+
+
+def _derivatives(alpha: Tensor, x: list[Tensor], g: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """alpha (T, b, C), b features and T gradients (N, C) -> derivatives of alpha (T, b, C) and of the b features."""
+    wide = [one.to(alpha.dtype) for one in g]
+    of_alpha = torch.stack([torch.stack([(one * f.to(alpha.dtype)).sum(0) for f in x]) for one in wide])
+    return of_alpha, _products(alpha.transpose(0, 1), g)
+
+
+@cache
+def _kernel(function: Callable[..., Any], towers: int, block: int) -> Callable[..., Any]:
+    """`function` compiled for so many towers, any N and C.
+
+    A copy of the code for each, since torch.compile limits how often one piece of code may be compiled. Where it declines
+    (another mode intercepts every operation, as a counter of FLOPs does) the code runs as it stands.
+    """
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, f"{function.__name__}_{towers}_{block}")
+    return torch.compile(copy, dynamic=True)
