@@ -95,10 +95,11 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str
     try:
         machine = Seat("machine", workload, tasks, {})
         seats["machine"] = machine
+        for name, (kind, keys) in arms.items():
+            seats[name] = Seat(kind, workload, tasks, keys)
         environment = machine.ask("environment")
-        for name, (kind, keys) in arms.items():  # one by one: they compile, and would slow each other down
+        for name in arms:
             try:
-                seats[name] = Seat(kind, workload, tasks, keys)
                 seats[name].ask("train", 1)
             except RuntimeError as error:
                 failed[name] = str(error)
