@@ -117,6 +117,26 @@ class CrossStitchUnit(ExchangeUnit):
                 return [m.reshape(first.shape) for m in mixed.chunk(self.tasks, dim=1)]
             return [f + change for f, change in zip(features, self._changes(features), strict=True)]
 
+    def forward_stacked(self, features: Tensor) -> Tensor:
+        """(T, B, C, ...) -> (T, B, C, ...), in one product. Precision is that of `forward`: see `_changes`."""
+        assert len(features) == self.tasks
+        with torch.autocast(features.device.type, enabled=False):
+            if self.granularity == "dense":
+                flat = features.transpose(0, 1).flatten(1).to(self.alpha.dtype)
+                mixed = (flat @ self.alpha.T).to(features.dtype)
+                return mixed.view(features.shape[1], self.tasks, *features.shape[2:]).transpose(0, 1)
+            return features + self._change(features)
+
+    def _excess(self, channels: int, dtype: torch.dtype) -> Tensor:
+        """alpha minus the identity, (T, T, channels)."""
+        identity = torch.eye(self.tasks, device=self.alpha.device, dtype=self.alpha.dtype)
+        excess = self.alpha - identity.view(self.tasks, self.tasks, *[1] * (self.alpha.ndim - 2))
+        return excess.to(dtype).reshape(self.tasks, self.tasks, -1).expand(-1, -1, channels)
+
+    def _change(self, stacked: Tensor) -> Tensor:
+        """x~ - x, (T, B, C, ...)."""
+        return torch.einsum("tsc,sbc...->tbc...", self._excess(stacked.shape[2], stacked.dtype), stacked)
+
     def _changes(self, features: Sequence[Tensor]) -> list[Tensor]:
         """x~_t - x_t for each task.
 
@@ -124,14 +144,10 @@ class CrossStitchUnit(ExchangeUnit):
         identity is not. Up to `CHAINED` towers are summed one by one, in the features' own memory layout and with no more
         full activations alive than towers; above that one product over the tower axis is as fast (measured: 2 cores).
         """
-        identity = torch.eye(self.tasks, device=self.alpha.device, dtype=self.alpha.dtype)
-        spatial = [1] * (features[0].ndim - 2)
-        excess = (self.alpha - identity.view(self.tasks, self.tasks, *[1] * (self.alpha.ndim - 2))).to(features[0].dtype)
-        excess = excess.reshape(self.tasks, self.tasks, -1, *spatial)  # (T, T, C or 1, 1, ...)
         if self.tasks > CHAINED:
-            stacked = torch.stack(list(features))
-            weights = excess.expand(-1, -1, features[0].shape[1], *spatial).flatten(2)
-            return list(torch.einsum("tsc,sbc...->tbc...", weights, stacked).unbind(0))
+            return list(self._change(torch.stack(list(features))).unbind(0))
+        excess = self._excess(features[0].shape[1], features[0].dtype)
+        excess = excess.reshape(*excess.shape, *[1] * (features[0].ndim - 2))
         changes = []
         for row in excess.unbind(0):
             change = features[0] * row[0]
