@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl.execution import Execution, OneByOne, Segment
 from mtl.seeding import seeded
@@ -29,6 +30,8 @@ from mtl.wide import Wide
 
 PROBABILITIES = ("p", "dropout", "attention_dropout")
 """Where modules of torch and torchvision keep the probability of what they do at random."""
+STEADY_EPS, TOLERANCE = 1e-2, 1e-7
+"""Of the comparison in `reason_against`: see `calm` and `_differ`."""
 
 
 class Batched(Execution):
@@ -51,9 +54,6 @@ class Batched(Execution):
             dim = 0
         stacks.write_back()
         return list(x.unbind(0))
-
-
-Places = dict[tuple[int, ...], list[tuple[dict[str, Any], str]]]
 
 
 def _run(
@@ -130,8 +130,11 @@ def _below(tower: nn.Module, names: list[str]) -> list[nn.Module]:
     found = []
     for name in names:
         path, _, last = name.rpartition(".")
-        part = vars(tower.get_submodule(path))["_modules"].get(last)  # else it is a tensor
-        left = [part]
+        owner = tower.get_submodule(path)
+        if last not in vars(owner)["_modules"]:  # it is a tensor of its own
+            found.append(owner)
+            continue
+        left = [vars(owner)["_modules"][last]]
         while left:
             if (module := left.pop()) is not None:
                 found.append(module)
@@ -212,12 +215,12 @@ def _trial(pair: Sequence[nn.Module], segments: Sequence[Segment], inputs: Seque
         mode = "training" if training else "evaluation"
         for tower in pair:
             tower.train(training)
-        expected = _step(OneByOne(), pair, segments, inputs)
+        expected = _step(OneByOne(), pair, segments, inputs, training)
         kept = [(module, dict(vars(module))) for tower in pair for module in tower.modules()]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                found = _step(Batched(), pair, segments, inputs)
+                found = _step(Batched(), pair, segments, inputs, training)
             except Exception as error:  # of torch, about an operation that cannot be, or of the network's own code
                 return f"in {mode} mode: {_said(error)}"
         for warning in caught:
@@ -239,53 +242,68 @@ def _comparison(pair: Sequence[nn.Module], segments: Sequence[Segment], inputs: 
     """Does it give what one by one gives, with nothing drawn at random?"""
     wide: dict[int, Tensor] = {id(x): x.double() for x in inputs}
     inputs = [wide[id(x)] for x in inputs]
-    silence(pair)
+    calm(pair)
     with torch.autocast(inputs[0].device.type, enabled=False):
         for training in (True, False):
             mode = "training" if training else "evaluation"
             for tower in pair:
                 tower.train(training)
-            start = [copy.deepcopy(tower.state_dict()) for tower in pair]
+            start = [[b.clone() for b in tower.buffers()] for tower in pair]
             results = []
-            for execution in (OneByOne(), OneByOne(), Batched()):
-                for tower, state in zip(pair, start, strict=True):
-                    tower.load_state_dict(state)
-                results.append(_step(execution, pair, segments, inputs))
+            for execution, differentiate in ((OneByOne(), True), (OneByOne(), False), (Batched(), True)):
+                results.append(_step(execution, pair, segments, inputs, differentiate))
+                for tower, values in zip(pair, start, strict=True):
+                    for buffer, value in zip(tower.buffers(), values, strict=True):
+                        buffer.copy_(value)
             expected, again, found = results
-            if any(_far(a, b) for a, b in zip(expected["outputs"], again["outputs"], strict=True)):
+            if _differ(again["outputs"], expected["outputs"]):
                 return f"in {mode} mode it draws random numbers that no probability of a module switches off"
             for what in expected:
-                if any(_far(a, b) for a, b in zip(expected[what], found[what], strict=True)):
+                if _differ(found[what], expected[what]):
                     return f"in {mode} mode {what} differ from those of one by one"
     return None
 
 
 def _step(
-    execution: Execution, towers: Sequence[nn.Module], segments: Sequence[Segment], inputs: Sequence[Tensor]
+    execution: Execution,
+    towers: Sequence[nn.Module],
+    segments: Sequence[Segment],
+    inputs: Sequence[Tensor],
+    differentiate: bool = True,
 ) -> dict[str, list[Tensor]]:
-    """What a forward and a backward pass leave: outputs, gradients of parameters, and copies of buffers."""
-    outputs = execution.run(towers, segments, inputs)
-    parameters = [p for tower in towers for p in tower.parameters()]
-    objective = sum((y * torch.linspace(1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)).sum() for y in outputs)
-    assert isinstance(objective, Tensor)
-    gradients = (
-        torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True) if objective.requires_grad else ()
-    )
+    """What a forward and, where wanted, a backward pass leave: outputs, gradients of parameters, and copies of buffers."""
+    with torch.set_grad_enabled(differentiate):
+        outputs = execution.run(towers, segments, inputs)
+        gradients: Sequence[Tensor] = ()
+        if differentiate:
+            objective = torch.stack([y.square().mean() for y in outputs]).sum()
+            parameters = [p for tower in towers for p in tower.parameters()]
+            if objective.requires_grad:
+                gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
     buffers = [b.clone() for tower in towers for b in tower.buffers()]
     return {"outputs": [y.detach() for y in outputs], "gradients": list(gradients), "buffers": buffers}
 
 
-def silence(towers: Sequence[nn.Module]) -> None:
-    """Set every probability of dropout and stochastic depth to 0, in place."""
-    for tower in towers:
-        for module in tower.modules():
-            for name in PROBABILITIES:
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+def calm(towers: Sequence[nn.Module]) -> None:
+    """Make towers comparable, in place: nothing is drawn at random, and batch norm does not magnify rounding errors.
+
+    Probabilities of dropout and stochastic depth become 0. Over a few samples, as features of 1 x 1 in a small batch, a variance
+    may come close to 0, and gradients grow by 1 / sqrt(eps) at every layer: eps becomes `STEADY_EPS` at least.
+    """
+    for module in (module for tower in towers for module in tower.modules()):
+        for name in PROBABILITIES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if isinstance(module, _BatchNorm):
+            module.eps = max(module.eps, STEADY_EPS)
 
 
-def _far(a: Tensor, b: Tensor) -> bool:
-    return not torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-7 * max(1.0, float(b.abs().max()) if b.numel() else 0.0))
+def _differ(a: list[Tensor], b: list[Tensor]) -> bool:
+    """By more than rounding, over the largest number of any."""
+    largest = max((float(x.abs().max()) for x in b if x.numel()), default=0.0)
+    return any(
+        not torch.allclose(x.double(), y.double(), rtol=0.0, atol=TOLERANCE * largest) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _said(error: Exception) -> str:

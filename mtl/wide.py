@@ -7,8 +7,9 @@ channels apart can go on there, with T times the channels, in one call:
   precision than the features (autocast);
 - pooling: `vmap` puts the towers into the batch, which copies, and loses the channels-last layout.
 
-Two more are no matter of speed. A layer norm gives the dtype that it gives without `vmap`. And memory that is allocated without
-contents is allocated T times: torchvision's stochastic depth draws into it, and T towers draw apart.
+The others are no matter of speed. A layer norm gives the dtype that it gives without `vmap`. Memory that is allocated without
+contents is allocated T times: torchvision's stochastic depth draws into it, and T towers draw apart. Attention on a CPU is done
+in its parts, since `vmap` would loop over the fused kernel there.
 
 Measured on a CPU, 1 thread, forward and backward, channels last: batch norm 1.8 times and pooling 3 times as fast as vmap's,
 convolutions alike, which are therefore left to it. The public way to such a rule, an autograd function with a `vmap` method,
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -97,6 +99,13 @@ def _empty(empty: Callable[..., Any], marker: Tensor, *size: Any, **kwargs: Any)
     return _batched(empty((len(_memory(marker, 0)), *kwargs.pop("size", shape)), **kwargs), 0, marker)
 
 
+def _attention(attention: Callable[..., Any], marker: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if query.device.type != "cpu":
+        return attention(query, *args, **kwargs)
+    with sdpa_kernel(SDPBackend.MATH):
+        return attention(query, *args, **kwargs)
+
+
 BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.max_pool2d: _pool,
     F.avg_pool2d: _pool,
@@ -104,6 +113,8 @@ BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     torch.empty: _empty,
+    F.multi_head_attention_forward: _attention,
+    F.scaled_dot_product_attention: _attention,
 }
 """torch's function, as it hands itself to a mode -> what is done instead; called with the function, the marker, and what it was
 called with."""
