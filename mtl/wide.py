@@ -107,6 +107,7 @@ def _attention(attention: Callable[..., Any], marker: Tensor, query: Tensor, *ar
 
 
 BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.max_pool2d: _pool,
     torch.max_pool2d: _pool,
     F.avg_pool2d: _pool,
     F.adaptive_avg_pool2d: _pool,
