@@ -158,9 +158,9 @@ def reason_against(towers: Sequence[nn.Module], segments: Sequence[Segment], inp
     """Why `Batched` cannot run these towers, in plain words; None where it can.
 
     Copies of the first and the last tower are tried, in training and in evaluation mode: that it runs at all, in the dtype and
-    under the autocast of the caller, and that it gives the outputs, gradients and buffers of one by one, in float64 with dropout
-    and stochastic depth off. Units take no part. Takes about ten passes, and the memory of six towers in float64; leaves
-    parameters, gradients, buffers, modes and random state as they are.
+    under the autocast of the caller; and that it gives the outputs, gradients and buffers of one by one, in float64, with
+    dropout and stochastic depth off. Units take no part. Takes about ten passes, and the memory of six towers in float64;
+    leaves parameters, gradients, buffers, modes and random state as they are.
 
     Args:
         towers: T networks.
@@ -188,17 +188,16 @@ def reason_against(towers: Sequence[nn.Module], segments: Sequence[Segment], inp
 
 def _unlike(towers: Sequence[nn.Module]) -> str | None:
     first = towers[0]
-    layers = dict(first.named_modules())
-    for name, module in layers.items():
+    for name, module in (found for tower in towers for found in tower.named_modules()):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"{name or 'the network'} has hooks, which would be called for one tower instead of all"
-    tensors = _tensors(first)
+            return f"{name or 'the network'} has hooks, which would be called for one tower instead of each"
+    layers, tensors = dict(first.named_modules()), _tensors(first)
     for other in towers[1:]:
         if repr(other) != repr(first) or _tensors(other) != tensors:
             return "towers differ in architecture"
         modes = dict(other.named_modules())
         if wrong := [name for name, module in layers.items() if module.training != modes[name].training]:
-            return f"towers differ in what is in training mode: {wrong[0]} of one is frozen, of another it is not"
+            return f"towers differ in what is in training mode: {wrong[0]} of one tower is, of another it is not (frozen?)"
     return None
 
 
@@ -287,7 +286,7 @@ def _step(
 def calm(towers: Sequence[nn.Module]) -> None:
     """Make towers comparable, in place: nothing is drawn at random, and batch norm does not magnify rounding errors.
 
-    Probabilities of dropout and stochastic depth become 0. Over a few samples, as features of 1 x 1 in a small batch, a variance
+    Probabilities of dropout and stochastic depth become 0. Over a few numbers, features of 1 x 1 in a small batch, a variance
     may come close to 0, and gradients grow by 1 / sqrt(eps) at every layer: eps becomes `STEADY_EPS` at least.
     """
     for module in (module for tower in towers for module in tower.modules()):

@@ -45,19 +45,20 @@ def apart(module: nn.Module) -> None:
 
 def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """A view (T, *shape) of tensors that lie at equal distances in one storage; None of others."""
-    first = tensors[0]
-    start, shape, strides, size = first.data_ptr(), first.shape, first.stride(), first.element_size()
-    distance = tensors[1].data_ptr() - start
-    if distance < first.numel() * size or distance % size:
+    first, count, size = tensors[0], len(tensors), tensors[0].element_size()
+    addresses, strides = [t.data_ptr() for t in tensors], first.stride()
+    distance = addresses[1] - addresses[0]
+    if distance < max(first.numel() * size, 1) or distance % size:
         return None
-    for i, tensor in enumerate(tensors):
-        if tensor.data_ptr() != start + i * distance or tensor.stride() != strides or tensor.shape != shape:
-            return None
-    end = start + (len(tensors) - 1) * distance + first.numel() * size
+    last = addresses[0] + (count - 1) * distance
+    if addresses != list(range(addresses[0], last + 1, distance)) or any(t.stride() != strides for t in tensors):
+        return None
     storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():  # storages of their own that happen to lie side by side
+    if (
+        last + first.numel() * size > storage.data_ptr() + storage.nbytes()
+    ):  # storages of their own that happen to lie side by side
         return None
-    return first.detach().as_strided((len(tensors), *shape), (distance // size, *strides))
+    return first.detach().as_strided((count, *first.shape), (distance // size, *strides))
 
 
 def _may_move(tensors: Sequence[Tensor]) -> bool:
