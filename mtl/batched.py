@@ -46,7 +46,7 @@ class Batched(Execution):
         used = [_modules(towers, segment) for segment in segments]
         if len(towers) < 2 or _inputs_differ(inputs) or any(_modes_differ(same) for modules in used for same in modules):
             return OneByOne().run(towers, segments, inputs)
-        shared = all(x is inputs[0] for x in inputs)
+        shared = all(_same(x, inputs[0]) for x in inputs)
         x, dim = (inputs[0], None) if shared else (torch.stack(list(inputs)), 0)
         stacks = _Stacks()
         for segment, modules in zip(segments, used, strict=True):
@@ -144,6 +144,14 @@ def _below(tower: nn.Module, names: list[str]) -> list[nn.Module]:
 
 def _modes_differ(same: tuple[nn.Module, ...]) -> bool:
     return any(module.training != same[0].training for module in same)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """One tensor, or two views of one tensor that show the same: gradients of either arrive there."""
+    if a is b:
+        return True
+    alike = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return alike and a._base is not None and a._base is b._base
 
 
 def _inputs_differ(inputs: Sequence[Tensor]) -> bool:

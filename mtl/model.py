@@ -213,8 +213,7 @@ class MultiTaskModel(nn.Module):
                 assert self.trunk is not None
                 joined = stage(self.trunk, joined)
             if not self.units:
-                own = {name: joined[row[name]] for name in names}
-                return self._run_towers([own[task.dataset] for task in present], present)
+                return self._run_towers([joined[row[task.dataset]] for task in present], present)
             mixed = self._run_towers([joined] * len(self.tasks), self.tasks)
             return [y[row[task.dataset]] for y, task in zip(mixed, self.tasks, strict=True) if task.dataset in row]
         own = dict(zip(names, x, strict=True))

@@ -21,8 +21,9 @@ def stack(tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """T tensors of one shape, dtype and device -> (T, *shape), and whether that is their own memory.
 
     It is, and costs nothing, where they are leaves: they are moved into one storage first if they are not there yet. It is a
-    copy where they are not (inside `functional_call`, say), or are some of a larger stack at uneven distances. Either way the
-    gradient arrives at those tensors that require one, and at no other.
+    copy where they are not (inside `functional_call`, say), or are some of a larger stack and not next to one another. Either
+    way the gradient arrives at those tensors that require one, and at no other. A stack is as dense as its tensors: merging T
+    with the next dimension is a view too.
     """
     view = _as_one(tensors)
     if view is None and _may_move(tensors):
@@ -44,21 +45,16 @@ def apart(module: nn.Module) -> None:
 
 
 def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
-    """A view (T, *shape) of tensors that lie at equal distances in one storage; None of others."""
-    first, count, size = tensors[0], len(tensors), tensors[0].element_size()
-    addresses, strides = [t.data_ptr() for t in tensors], first.stride()
-    distance = addresses[1] - addresses[0]
-    if distance < max(first.numel() * size, 1) or distance % size:
-        return None
-    last = addresses[0] + (count - 1) * distance
-    if addresses != list(range(addresses[0], last + 1, distance)) or any(t.stride() != strides for t in tensors):
+    """A view (T, *shape) of tensors that lie one after the other in one storage; None of others."""
+    first, strides = tensors[0], tensors[0].stride()
+    size = first.numel() * first.element_size()
+    start = first.data_ptr()
+    if not size or any(t.data_ptr() != start + i * size or t.stride() != strides for i, t in enumerate(tensors)):
         return None
     storage = first.untyped_storage()
-    if (
-        last + first.numel() * size > storage.data_ptr() + storage.nbytes()
-    ):  # storages of their own that happen to lie side by side
-        return None
-    return first.detach().as_strided((count, *first.shape), (distance // size, *strides))
+    if start + len(tensors) * size > storage.data_ptr() + storage.nbytes():
+        return None  # storages of their own that happen to lie side by side
+    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *strides))
 
 
 def _may_move(tensors: Sequence[Tensor]) -> bool:

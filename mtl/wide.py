@@ -3,6 +3,7 @@
 Inside `vmap` a tensor stands for T. A convolution has its T towers side by side in memory, as (B, T C, H, W); what treats
 channels apart can go on there, with T times the channels, in one call:
 
+- convolution: `vmap` takes it apart before autocast sees it, which on a CPU then leaves it in full precision;
 - batch norm: `vmap` multiplies by the weight and adds the bias in passes of their own, and fails where they are of higher
   precision than the features (autocast);
 - pooling: `vmap` puts the towers into the batch, which copies, and loses the channels-last layout.
@@ -16,8 +17,8 @@ contents is allocated T times: torchvision's stochastic depth draws into it, and
 in its parts, since `vmap` would loop over the fused kernel there.
 
 Measured on a CPU, 1 thread, forward and backward, over `vmap`'s own: batch norm 1.8 times as fast and pooling 3 times, channels
-last; linear layers of 3136 x 1024, 64 rows, 2.1 times. Convolutions were alike, and are left to it. The public way to such a
-rule, an autograd function with a `vmap` method, took 150 microseconds a call; torch's functions beneath it take one.
+last; linear layers of 3136 x 1024, 64 rows, 2.1 times; convolutions alike. The public way to such a rule, an autograd function
+with a `vmap` method, took 150 microseconds a call; torch's functions beneath it take one.
 """
 
 from __future__ import annotations
@@ -53,6 +54,27 @@ class Wide(TorchFunctionMode):
         if by_hand is not None:
             return by_hand(func, self.marker, *args, **given)
         return func(*args, **given)
+
+
+def _convolution(
+    convolve: Callable[..., Any],
+    marker: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if input.ndim != weight.ndim or not all(p is None or _stands_for_many(p) for p in (weight, bias)):
+        return convolve(input, weight, bias, stride, padding, dilation, groups)
+    x, count = input, 1
+    if _stands_for_many(input) or groups > 1:
+        count = len(_memory(marker, 0))
+        x = _widen(input) if _stands_for_many(input) else torch.cat([input] * count, dim=1)
+    w, b = (None if p is None else _memory(p, 0).flatten(0, 1) for p in (weight, bias))
+    return _narrow(convolve(x, w, b, stride, padding, dilation, count * groups), marker)
 
 
 def _pool(pool: Callable[..., Any], marker: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +154,9 @@ def _attention(attention: Callable[..., Any], marker: Tensor, query: Tensor, *ar
 
 
 BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
     F.max_pool2d: _pool,
     torch.max_pool2d: _pool,
     F.avg_pool2d: _pool,
