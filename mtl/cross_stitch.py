@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mtl.errors import ConfigError
-from mtl.mixing import mix
+from mtl.mixing import mix, mix_stacked
 from mtl.options import Options
 from mtl.registry import register_unit
 from mtl.sharing import Exchange
@@ -115,8 +115,21 @@ class CrossStitchUnit(ExchangeUnit):
                 flat = torch.cat([f.flatten(1) for f in features], dim=1).to(self.alpha.dtype)
                 mixed = (flat @ self.alpha.T).to(first.dtype)
                 return [m.reshape(first.shape) for m in mixed.chunk(self.tasks, dim=1)]
-            alpha = self.alpha if self.granularity == "channel" else self.alpha[:, :, None]
-            return mix(features, alpha, self.compiled)
+            return mix(features, self._by_channel(), self.compiled)
+
+    def forward_stacked(self, features: Tensor) -> Tensor:
+        """(T, B, C, ...) -> (T, B, C, ...), in one product."""
+        assert len(features) == self.tasks
+        with torch.autocast(features.device.type, enabled=False):
+            if self.granularity == "dense":
+                flat = features.transpose(0, 1).flatten(1).to(self.alpha.dtype)
+                mixed = (flat @ self.alpha.T).to(features.dtype)
+                return mixed.view(features.shape[1], self.tasks, *features.shape[2:]).transpose(0, 1)
+            return mix_stacked(features, self._by_channel())
+
+    def _by_channel(self) -> Tensor:
+        """(T, T, C), or (T, T, 1)."""
+        return self.alpha if self.granularity == "channel" else self.alpha[:, :, None]
 
     @torch.no_grad()
     def coupling(self) -> Tensor:

@@ -41,6 +41,14 @@ class Segment:
             return list(self.unit(features))
         return [y.movedim(1, -1) for y in self.unit([f.movedim(-1, 1) for f in features])]
 
+    def exchange_stacked(self, features: Tensor) -> Tensor:
+        """As `exchange`, of T features in one tensor: (T, B, ...) -> (T, B, ...)."""
+        if self.unit is None:
+            return features
+        if not self.channels_last:
+            return self.unit.forward_stacked(features)
+        return self.unit.forward_stacked(features.movedim(-1, 2)).movedim(2, -1)
+
 
 class Execution(ABC):
     """Runs T towers of one architecture."""

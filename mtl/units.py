@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,6 +26,13 @@ class ExchangeUnit(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """T tensors (B, C, H, W) or (B, C) -> T tensors of the same shape. Out of place: the inputs may be needed."""
+
+    def forward_stacked(self, features: Tensor) -> Tensor:
+        """As `forward`, of T features in one tensor: (T, B, C, ...) -> (T, B, C, ...), where towers run as one network.
+
+        A unit that can mix them in one operation says so here; the two must agree.
+        """
+        return torch.stack(list(self(features.unbind(0))))
 
     def coupling(self) -> Tensor | None:
         """How strongly task t (row) receives from task s (column), (T, T), for logs; None where there is no such thing."""
