@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.balancing import Balancer
+from mtl.batched import Batched, reason_against
 from mtl.batches import Feed, in_order
 from mtl.checkpoint import load_weights, read_description
 from mtl.choices import Choice
@@ -84,6 +85,8 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
                 "micro-batches; use accumulate=1, or balancer=fixed"
             ]
         )
+    execution, why_not = choose_execution(config, model, samples[Split.TRAIN])
+    config = config.replaced(execution=execution)
     try_tasks(model, samples[Split.TRAIN], autocast(config))
     compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
@@ -102,9 +105,31 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
         tracker=TensorBoard(directory / "tb"),
         rows=Rows(directory / "metrics.jsonl"),
         progress=progress or Silent(),
-        notes=notes,
+        notes=[*why_not, *notes],
         warm_up_seconds=seconds,
     )
+
+
+def choose_execution(config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples]) -> tuple[str, list[str]]:
+    """Set how the model's towers are run. `auto`, a rule: batched on CUDA where the network allows it, else one by one.
+
+    Returns:
+        What `execution` became, and what to say about it.
+
+    Raises:
+        ConfigError: `batched` was asked for, and the towers cannot be run as one network.
+    """
+    wanted = config.execution == "batched" or (config.execution == "auto" and torch.device(config.device).type == "cuda")
+    if not wanted or len(model.towers) < 2:
+        return "towers", []
+    with autocast(config)():
+        reason = reason_against(*model.towers_and_inputs({name: part.images[:2] for name, part in training.items()}))
+    if reason is None:
+        model.execution = Batched()
+        return "batched", []
+    if config.execution == "batched":
+        raise ConfigError([f"execution: towers cannot be batched: {reason}; execution=towers runs them one by one"])
+    return "towers", [f"towers run one by one: {reason}"]
 
 
 def compile_units(

@@ -64,7 +64,7 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(alpha, *features)
         alpha, x = alpha.detach(), [rows(f.detach()) for f in features]  # torch.compile warns of what has a graph
         mixed = compiled_mix(alpha, x) if compiled else _mixed(alpha, x)
-        return tuple(unrows(y, features[0].shape) for y in mixed)
+        return tuple(_own(unrows(y, features[0].shape)) for y in mixed)
 
     @staticmethod
     @once_differentiable
@@ -85,6 +85,11 @@ def rows(x: Tensor) -> Tensor:
 def unrows(x: Tensor, shape: Sequence[int]) -> Tensor:
     """(N, C) -> (B, C, ...), a view, channels last in memory."""
     return x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def _own(view: Tensor) -> Tensor:
+    """The same memory as a tensor that is nobody's view: what follows may begin with an operation in place."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def _mixed(alpha: Tensor, x: Sequence[Tensor]) -> list[Tensor]:

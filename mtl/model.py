@@ -225,6 +225,26 @@ class MultiTaskModel(nn.Module):
             return x
         return self.execution.run([self.towers[task.name] for task in tasks], self.segments(), x)
 
+    def towers_and_inputs(self, images: Mapping[str, Tensor]) -> tuple[list[nn.Module], list[Segment], list[Tensor]]:
+        """What an execution is given for these images (dataset name -> (B_d, ...)): towers, segments, a tensor per tower."""
+        given: list[tuple[list[nn.Module], list[Segment], list[Tensor]]] = []
+
+        class Noted(Execution):
+            def run(self, towers: Sequence[nn.Module], segments: Sequence[Segment], inputs: Sequence[Tensor]) -> list[Tensor]:
+                given.append((list(towers), list(segments), list(inputs)))
+                return OneByOne().run(towers, segments, inputs)
+
+        was_training, execution = self.training, self.execution
+        self.eval()
+        self.execution = Noted()
+        try:
+            with torch.no_grad():
+                self.features(images)
+        finally:
+            self.execution = execution
+            self.train(was_training)
+        return given[0]
+
     def segments(self) -> list[Segment]:
         """What the towers run, from exchange to exchange."""
         found, first = [], self.shared_stages

@@ -15,6 +15,7 @@ from mtl import build, mixing
 from mtl.hardware import memory_kept
 from mtl.mixing import mix
 
+pytestmark = pytest.mark.usefixtures("in_tmp")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 LAYOUTS = {
     "channels last": lambda shape: torch.randn(shape).to(memory_format=torch.channels_last),
@@ -58,6 +59,16 @@ def test_the_plain_product_is_the_equation(tasks: int, layout: str) -> None:
     x, alpha = draw(tasks, layout)
     for ours, expected in zip(both(x, alpha, compiled=False), by_hand(x, alpha), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_what_follows_may_work_in_place(compiled: bool) -> None:
+    x, alpha = draw(2)
+    y = mix(x, alpha, compiled)
+    expected = [one.detach().relu() for one in y]
+    mixed = [torch.relu_(one) for one in y]
+    assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))
+    torch.autograd.grad([one.sum() for one in mixed], [alpha, *x])
 
 
 @needs_compiler
@@ -168,6 +179,6 @@ def test_freed_memory_is_kept_and_given_back() -> None:
 
     with memory_kept():
         faults()
-        kept = faults()
+        kept = min(faults() for _ in range(3))  # something else may come to lie between
     usual = faults()
     assert kept < 1000 < usual
