@@ -252,7 +252,8 @@ def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callabl
             say(f"{workload}, T = {tasks}: left out: {why}")
             continue
         started = time.monotonic()
-        cell = measure(workload, tasks, arms_of(tasks, given.libmtl, given.workers), given.rounds, ("train", "infer"))
+        arms = {k: v for k, v in arms_of(tasks, given.libmtl, given.workers).items() if k in (given.arms or [k])}
+        cell = measure(workload, tasks, arms, given.rounds, ("train", "infer"))
         result["cells"].append(cell)
         for name, why in cell["failed"].items():
             say(f"{workload}, T = {tasks}: {name} failed: {why}")
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS), help="(default: all)")
     parser.add_argument("--tasks", type=lambda text: [int(t) for t in text.split(",")], default=list(COUNTS), metavar="T,T,...")
     parser.add_argument("--rounds", type=int, help="(default: 7, quick: 3)")
+    parser.add_argument("--arms", type=lambda text: ["stitched", "unshared", *text.split(",")], help="fewer of them")
     parser.add_argument("--workers", type=int, default=2, help="of the peers' DataLoader (default: %(default)s)")
     parser.add_argument("--libmtl", metavar="PATH", help="a checkout of LibMTL, to measure it too")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
