@@ -33,7 +33,7 @@ def compare(name: str, side: int = 64, batch: int = 4) -> dict[str, Any]:
     """The reason against two towers as one, or the largest absolute differences and values, on `batch` random images."""
     torch.manual_seed(0)
     made: list[Backbone] = [BACKBONES.get(name).create((3, side, side)) for _ in range(2)]
-    towers = [one.network.to(memory_format=torch.channels_last) for one in made]  # type: ignore[call-overload]
+    towers = [one.network.to(memory_format=torch.channels_last) for one in made]
     segments = [Segment((stage,)) for stage in cut(towers[0], made[0].points)]
     x = made[0].prepare(torch.randn(batch, 3, side, side)).contiguous(memory_format=torch.channels_last)
     row = {
@@ -64,8 +64,7 @@ def render() -> str:
     batched = [row for row in rows if row["reason"] is None]
     return (
         table(rows)
-        + f"\n\nn = {len(rows)} networks, {len(batched)} of them run as one. Two towers each; differences are absolute, and the "
-        "largest gradient stands beside them. "
+        + f"\n\nn = {len(rows)} networks, {len(batched)} of them run as one; two towers each, and the worst network of a line. "
         f"torch {recorded['torch']}, CPU, 1 thread.\n"
     )
 

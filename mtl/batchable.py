@@ -29,7 +29,7 @@ STEADY_EPS = 1e-2
 TOLERANCE = 1e-7
 """How far outputs, gradients and buffers may differ in float64, over the largest of their kind."""
 AT_ONCE = 50_000_000
-"""Gradients are compared so many numbers at a time."""
+"""Gradients are computed for so many numbers at a time."""
 
 
 def reason_against(towers: Sequence[nn.Module], segments: Sequence[Segment], inputs: Sequence[Tensor]) -> str | None:
@@ -117,7 +117,8 @@ def _dtypes(
     with torch.set_grad_enabled(backward):
         outputs = execution.run(towers, segments, inputs)
     if backward and (objective := _objective(outputs)).requires_grad:
-        torch.autograd.grad(objective, [p for tower in towers for p in tower.parameters()], allow_unused=True)
+        for some in _portions(towers):
+            torch.autograd.grad(objective, some, retain_graph=True, allow_unused=True)
     tensors = (*outputs, *(b for tower in towers for b in tower.buffers()))
     return ", ".join(sorted({str(tensor.dtype) for tensor in tensors})) + f" (outputs {outputs[0].dtype})"
 
@@ -182,10 +183,9 @@ def gaps(towers: Sequence[nn.Module], segments: Sequence[Segment], inputs: Seque
     outputs, buffers = _restoring_buffers(Batched(), towers, segments, inputs)
     expected, expected_buffers = _restoring_buffers(OneByOne(), towers, segments, inputs)
     gradients = Gap()
-    parameters = [p for same in zip(*(tower.parameters() for tower in towers), strict=True) for p in same if p.requires_grad]
-    if parameters and outputs[0].requires_grad:
-        objectives = [_objective(outputs), _objective(expected)]
-        for some in _portions(parameters):
+    objectives = [_objective(outputs), _objective(expected)]
+    if all(objective.requires_grad for objective in objectives):
+        for some in _portions(towers):
             a, b = (
                 torch.autograd.grad(y, some, retain_graph=True, allow_unused=True, materialize_grads=True) for y in objectives
             )
@@ -210,10 +210,11 @@ def _objective(outputs: Sequence[Tensor]) -> Tensor:
     return torch.stack([y.square().mean() for y in outputs]).sum()
 
 
-def _portions(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _portions(towers: Sequence[nn.Module]) -> Iterator[list[nn.Parameter]]:
+    """Their parameters, corresponding ones together, some at a time: gradients of large networks need not fit all at once."""
     portion: list[nn.Parameter] = []
-    for parameter in parameters:
-        portion.append(parameter)
+    for same in zip(*(tower.parameters() for tower in towers), strict=True):
+        portion += [p for p in same if p.requires_grad]
         if sum(p.numel() for p in portion) > AT_ONCE:
             yield portion
             portion = []
