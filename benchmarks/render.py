@@ -9,10 +9,15 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import cutting, three_epochs
+    from benchmarks import batching, cutting, three_epochs
 
     text = (HERE / "README.template.md").read_text()
-    for placeholder, render in (("@CUTTING@", cutting.render), ("@THREE_EPOCHS@", three_epochs.render)):
+    tables = (
+        ("@CUTTING@", cutting.render),
+        ("@BATCHING@", batching.render),
+        ("@THREE_EPOCHS@", three_epochs.render),
+    )
+    for placeholder, render in tables:
         text = text.replace(placeholder, render())
     return text
 

@@ -49,6 +49,7 @@ RANK = {
     "task": 3,
     "torchjd_balancers": 3,
     "torchvision_backbones": 3,
+    "batchable": 4,
     "data": 4,
     "batches": 5,
     "standardize": 5,
