@@ -9,10 +9,14 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import cutting, three_epochs
+    from benchmarks import cutting, decoding, three_epochs
 
     text = (HERE / "README.template.md").read_text()
-    for placeholder, render in (("@CUTTING@", cutting.render), ("@THREE_EPOCHS@", three_epochs.render)):
+    for placeholder, render in (
+        ("@CUTTING@", cutting.render),
+        ("@DECODING@", decoding.render),
+        ("@THREE_EPOCHS@", three_epochs.render),
+    ):
         text = text.replace(placeholder, render())
     return text
 
