@@ -195,6 +195,8 @@ class ImageFiles(Dataset):
         if isinstance(paths, str | bytes | Path):
             raise DataError(f"paths must be a sequence of them; found the single one {os.fspath(paths)!r}")
         self.images = FileImages(Paths(paths), channels, (sides[0], sides[1]))
+        if not len(self.images):
+            raise DataError("there are no paths; were the files looked for in the right folder?")
         super().__init__(len(self.images), labels, valid)
         _look_for(self.images.paths)
 
@@ -215,7 +217,7 @@ class ImageFiles(Dataset):
 
 def _look_for(paths: Paths) -> None:
     """Complain about a file that does not exist, of those that are looked for."""
-    some = paths[np.linspace(0, len(paths) - 1, min(len(paths), LOOKED_FOR)).astype(np.int64)] if len(paths) else paths
+    some = paths[np.linspace(0, len(paths) - 1, min(len(paths), LOOKED_FOR)).astype(np.int64)]
     missing = [path for path in some.encoded() if not os.path.exists(path)]
     if missing:
         raise DataError(

@@ -31,8 +31,8 @@ LARGEST_FILE = 1 << 30
 """Bytes; a larger file is refused before it is read. The largest image without any compression is below that."""
 SHRUNK = 4
 """A JPEG is decoded at 1/4 or 1/8 of its size where that leaves at least twice the wanted size: 2.5 times as fast for a photo
-of 12 megapixels, and at most one grey level from decoding it whole, since the rest of the way is still a proper resize. At 1/2
-nothing is gained over torchvision's decoder."""
+of 12 megapixels, and less than a grey level on average from decoding it whole, since the rest of the way is still a proper
+resize. At 1/2 nothing would be gained over torchvision's decoder."""
 
 
 def read_image(path: Path | str | bytes, channels: int, size: tuple[int, int] | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import mtl
@@ -236,6 +236,7 @@ def test_standardisation_of_very_many_files_looks_at_some(
     [
         ({"size": 224}, r"size must be \(height, width\) in pixels, as in \(224, 224\); found 224"),
         ({"size": (0, 3)}, r"size must be .*; found \(0, 3\)"),
+        ({"paths": []}, r"there are no paths"),
         ({"channels": 4}, r"channels must be 1 \(grey\) or 3"),
         ({"paths": "x.jpg"}, r"paths must be a sequence of them; found the single one 'x.jpg'"),
         ({"paths": [3] * TRAIN}, r"paths must be strings or pathlib.Path"),
@@ -341,6 +342,45 @@ def test_nothing_is_left_when_training_is_interrupted_or_killed(folder: Path, ho
     while (left := [pid for pid in below if Path("/proc", str(pid)).exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
+
+
+# --- decoders ---------------------------------------------------------------------------------------------------------------
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3)).astype(np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_torchvision_and_pillow_read_the_same(
+    mode: str, orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision.io  # noqa: F401  from now on its decoder is used
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth(64, 48).convert(mode).save(tmp_path / "x.jpg", exif=exif, progressive=orientation % 2 == 0)
+    with Image.open(tmp_path / "x.jpg") as image:
+        upright = np.array(ImageOps.exif_transpose(image.convert("RGB") if mode == "RGB" else image).convert("RGB"))
+    assert torch.equal(read_image(tmp_path / "x.jpg", 3), torch.from_numpy(upright).permute(2, 0, 1))
+    one, three = (read_image(tmp_path / "x.jpg", channels) for channels in (1, 3))
+    monkeypatch.setattr("mtl.images._by_torchvision", lambda *_: None)
+    assert torch.equal(read_image(tmp_path / "x.jpg", 1), one)
+    assert torch.equal(read_image(tmp_path / "x.jpg", 3), three)
+
+
+def test_a_large_photo_is_decoded_small_and_looks_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth(512, 640).save(tmp_path / "x.jpg", quality=90, exif=exif)
+    small = read_image(tmp_path / "x.jpg", 3, (64, 48))
+    with monkeypatch.context() as whole:
+        whole.setattr("mtl.images.SHRUNK", 10**6)
+        difference = (small.float() - read_image(tmp_path / "x.jpg", 3, (64, 48)).float()).abs()
+    assert 0 < difference.mean() < 1
+    assert difference.max() <= 5
 
 
 # --- the index --------------------------------------------------------------------------------------------------------------
