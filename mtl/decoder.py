@@ -1,5 +1,4 @@
-"""The program of the processes that decode image files: `python -m mtl.decoder JOBS RESULTS ARENA WORKERS`, started by
-`mtl.decoding`.
+"""The program of the processes that decode image files, started by `mtl.decoding`.
 
 One process imports what is needed, once, and forks the workers: it has a single thread, so forking is safe and takes no time,
 which it would not be and do in the training process, with its OpenMP, CUDA and tower threads. It is a program of its own, and
@@ -18,7 +17,7 @@ import sys
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Lock
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -99,7 +98,8 @@ def serve(jobs: int, results: int, arena: int, workers: int) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
+    """With the arguments JOBS RESULTS ARENA WORKERS: three file numbers, and how many processes."""
     import torchvision.io  # noqa: F401  registers the decoder that `mtl.images` uses
 
     torch.set_num_threads(1)

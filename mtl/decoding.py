@@ -10,6 +10,7 @@ decoding; here a batch's memory is used again once no tensor on it is left, and 
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -40,6 +41,8 @@ AHEAD = 3
 """Batches being decoded while one is in use, at least."""
 PATIENCE = 5.0
 """Seconds in which workers end by themselves once told to, before they are killed."""
+PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from mtl.decoder import main; main()"
+"""Folders of modules are set when Python is up: by PYTHONPATH, a file beside the caller's could hide one of Python's own."""
 
 
 class _Slot(NamedTuple):
@@ -96,11 +99,11 @@ class Decoders:
         self._jobs = Connection(ours.detach(), readable=False)
         inherited = (theirs.fileno(), results, self._arena)
         single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # one core each
-        command = [sys.executable, "-P", "-m", "mtl.decoder", *map(str, (*inherited, self.workers))]
+        command = [sys.executable, "-c", PROGRAM, *map(str, (*inherited, self.workers)), json.dumps(sys.path)]
         try:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, **single},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # standard output may be one JSON object
                 pass_fds=inherited,
