@@ -53,10 +53,10 @@ class _Slot(NamedTuple):
 
 
 class _Ordered:
-    """A batch under way: where it goes, and how many of its jobs are not finished."""
+    """A batch under way: where it goes, to which list that returns, and how many of its jobs are not finished."""
 
-    def __init__(self, slot: _Slot, paths: Sequence[bytes], channels: int, size: tuple[int, int]) -> None:
-        self.slot, self.paths = slot, paths
+    def __init__(self, slot: _Slot, free: list[_Slot], paths: Sequence[bytes], channels: int, size: tuple[int, int]) -> None:
+        self.slot, self.free, self.paths = slot, free, paths
         count, pixels = len(paths), channels * size[0] * size[1]
         memory: NDArray[np.uint8] = np.frombuffer(slot.memory, np.uint8, count * (pixels + 1))
         self.images = memory[: count * pixels].reshape(count, *size, channels)
@@ -109,6 +109,10 @@ class Decoders:
                 pass_fds=inherited,
                 start_new_session=True,  # Ctrl-C goes to a terminal's whole process group: not to these
             )
+        except OSError as error:
+            raise RunError(
+                f"no process that decodes images can be started: {error}; data.workers=0 decodes in the main process"
+            ) from None
         finally:
             theirs.close()
             os.close(results)
@@ -119,7 +123,7 @@ class Decoders:
         if self._process is not None:
             self._last_resort()
             self._process = None
-            self._free = []  # not cleared: tensors that are still in use return their memory to the old list
+            self._free = []  # another list: what is still in use returns its memory to the old one
             self._under_way = {}
             self._arena_bytes = 0
 
@@ -150,7 +154,7 @@ class Decoders:
 
     def _order(self, paths: Sequence[bytes], channels: int, size: tuple[int, int]) -> _Ordered:
         slot = self._slot(len(paths) * (channels * size[0] * size[1] + 1))
-        batch = _Ordered(slot, paths, channels, size)
+        batch = _Ordered(slot, self._free, paths, channels, size)
         for first in range(0, len(paths), CHUNK):
             self._jobs_given += 1
             self._under_way[self._jobs_given] = batch
@@ -177,14 +181,14 @@ class Decoders:
             self._receive()
         failed = np.flatnonzero(batch.states == FAILED).tolist()
         images = batch.images.view()  # this object lives exactly as long as a tensor on its memory does
-        weakref.finalize(images, self._free.append, batch.slot).atexit = False
+        weakref.finalize(images, batch.free.append, batch.slot).atexit = False
         return torch.from_numpy(images).permute(0, 3, 1, 2), failed
 
     def _abandon(self, batch: _Ordered) -> None:
         """Nobody wants this batch any more; its memory is free when the last of its jobs is done."""
         batch.abandoned = True
         if not batch.missing:
-            self._free.append(batch.slot)
+            batch.free.append(batch.slot)
 
     def _receive(self) -> None:
         """Take note of finished jobs; wait for one if there is none."""
@@ -199,15 +203,16 @@ class Decoders:
             batch = self._under_way.pop(int.from_bytes(numbers[at : at + RESULT], "little"))
             batch.missing -= 1
             if batch.abandoned and not batch.missing:
-                self._free.append(batch.slot)
+                batch.free.append(batch.slot)
 
     def _death(self) -> RunError:
         """What to say of workers that are gone."""
         assert self._process is not None
         with suppress(subprocess.TimeoutExpired):  # it is about to end
             self._process.wait(PATIENCE)
-        code = self._process.returncode
-        by = f"signal {signal.Signals(code - 128).name}" if code is not None and code > 128 else f"exit status {code}"
+        code = self._process.returncode or 0
+        number = -code if code < 0 else code - 128  # of the one that forks, or of a worker, as that one hands it on
+        by = f"signal {signal.Signals(number).name}" if number > 0 else f"exit status {code}"
         reading = [
             os.fsdecode(batch.paths[i])
             for batch in dict.fromkeys(self._under_way.values())
