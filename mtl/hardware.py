@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ def computes_in_bf16(device: torch.device) -> bool:
             return "avx512_bf16" in flags or "amx_bf16" in flags
         case _:
             return False
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, which on a shared machine may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:
