@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,8 @@ def memory_kept() -> Iterator[None]:
     adapted to cannot be asked for, so afterwards it is at that end (`USUAL`). Does nothing where there is no mallopt, as on
     macOS and musl. The setting is the process's: other threads are subject to it while the block runs.
     """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
         yield
         return
     for key, value in KEEP:
