@@ -139,6 +139,12 @@ def in_order(part: Samples, batch_size: int) -> Iterator[Batch]:
         yield _batch(part, slice(a, b), images)
 
 
+def first(part: Samples, count: int) -> Batch:
+    """The first samples of a split, of which nothing more is read."""
+    index = slice(0, count)
+    return _batch(part, index, part.images[index])
+
+
 def _batch(part: Samples, index: Tensor | slice, images: Tensor) -> Batch:
     targets = {task: target[index] for task, target in part.targets.items()}
     valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
