@@ -9,12 +9,10 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import batching, cutting, decoding, fast_path, three_epochs, throughput
+    from benchmarks import batching, cutting, decoding, three_epochs
 
     text = (HERE / "README.template.md").read_text()
     tables = (
-        ("@THROUGHPUT@", throughput.render),
-        ("@FAST_PATH@", fast_path.render),
         ("@CUTTING@", cutting.render),
         ("@BATCHING@", batching.render),
         ("@DECODING@", decoding.render),
