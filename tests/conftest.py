@@ -12,6 +12,7 @@ import torch
 import mtl
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: threads that wait spin, and cost minutes
 
 
 class TinyOptions(mtl.Options):
