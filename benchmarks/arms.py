@@ -149,8 +149,8 @@ class Ours(Arm):
         )
         self._exit = ExitStack()
         folder = self._exit.enter_context(tempfile.TemporaryDirectory())
-        self._exit.enter_context(memory_kept())
         self.run: Run = run(config, Path(folder) / "run")
+        self._exit.enter_context(memory_kept())
         self.precision = self.run.config.precision
         self._steps = chain.from_iterable(self.run.feed.epoch(epoch) for epoch in range(1, sys.maxsize))
 

@@ -176,7 +176,8 @@ def compile_units(
             images = {name: next(in_order(part, config.batch_size)).images for name, part in training.items()}
             outputs = functional_call(model, buffers, (images,)).outputs
             total = torch.stack([y.mean() for y in outputs.values()]).sum()
-            torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            of = [p for unit in units for p in unit.parameters() if p.requires_grad]
+            torch.autograd.grad(total, of or [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     except Exception as error:  # a compiler may be missing or broken in any way, and training needs none
         for unit in units:
             unit.compiled = False

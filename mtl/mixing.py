@@ -71,8 +71,7 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         alpha, *features = (saved.detach() for saved in ctx.saved_tensors)
         x, g = [rows(f) for f in features], [rows(one) for one in gradients]
-        batched = any(torch._C._functorch.is_batchedtensor(one) for one in g)  # several backward passes at once, by vmap
-        unmix = compiled_unmix if ctx.compiled and not batched else _unmixed
+        unmix = compiled_unmix if ctx.compiled and not any(map(_is_batched, g)) else _unmixed
         of_alpha, of_features = unmix(alpha, x, g)
         return None, of_alpha, *(unrows(d, f.shape) for d, f in zip(of_features, features, strict=True))
 
@@ -85,6 +84,11 @@ def rows(x: Tensor) -> Tensor:
 def unrows(x: Tensor, shape: Sequence[int]) -> Tensor:
     """(N, C) -> (B, C, ...), a view, channels last in memory."""
     return x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Is this several at once, by vmap? By `torch.func`'s, or by that of `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor))
 
 
 def _own(view: Tensor) -> Tensor:
@@ -115,9 +119,9 @@ def _unmixed(alpha: Tensor, x: Sequence[Tensor], g: Sequence[Tensor]) -> tuple[T
 
 def compiled_mix(alpha: Tensor, x: Sequence[Tensor]) -> list[Tensor]:
     """As `_mixed`, some towers at a time, each in one pass."""
-    mixed: list[Tensor] = []
+    x, mixed = _canonical(x), []
     for part in _blocks(len(x), max(1, TERMS // len(x))):
-        mixed += _kernel(_products, len(x), part.stop - part.start)(alpha[part], x)
+        mixed += _kernel(_products, len(x), part.stop - part.start)(*_canonical([alpha[part]]), x)
     return mixed
 
 
@@ -127,12 +131,17 @@ def compiled_unmix(alpha: Tensor, x: Sequence[Tensor], g: Sequence[Tensor]) -> t
     Blocks that need more sums than fit in registers are slower than reading features again: measured, 2 by 2 in half precision
     and 4 by 4 in single were the fastest of six.
     """
+    x, g, like = _canonical(x), _canonical(g), alpha.new_empty(0)
     blocks = _blocks(len(x), 2 if x[0].dtype.itemsize == 2 else 4)
     rows_of_alpha = [
-        torch.cat([_kernel(_sums, t.stop - t.start, s.stop - s.start)(alpha[:0, 0], g[t], x[s]) for s in blocks], dim=1)
-        for t in blocks
+        torch.cat([_kernel(_sums, t.stop - t.start, s.stop - s.start)(like, g[t], x[s]) for s in blocks], dim=1) for t in blocks
     ]
     return torch.cat(rows_of_alpha), compiled_mix(alpha.transpose(0, 1), g)
+
+
+def _canonical(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers, contiguous and nobody's views: torch.compile compiles anew for other strides, and for views."""
+    return [_own(t.contiguous()) for t in tensors]
 
 
 def _blocks(towers: int, size: int) -> list[slice]:
@@ -165,4 +174,10 @@ def _kernel(function: Callable[..., Any], *sizes: int) -> Callable[..., Any]:
     (another mode intercepts every operation, as a counter of FLOPs does) the code runs as it stands.
     """
     copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(copy, dynamic=True)
+    compiled = torch.compile(copy, dynamic=True)
+
+    def call(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):  # as the backward pass is: it would compile anew
+            return compiled(*arguments)
+
+    return call

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import mtl
 from mtl import build, mixing
@@ -110,6 +111,22 @@ def test_several_backward_passes_at_once(compiled: bool) -> None:
             torch.testing.assert_close(together[i], alone, rtol=1e-12, atol=1e-12)
 
 
+@needs_compiler
+def test_few_kernels_serve_all_layer_points_and_both_directions() -> None:
+    """Compiling takes seconds a kernel, and each variant that torch.compile keeps is asked for its guards at every call."""
+    mixing._kernel.cache_clear()
+    graphs = counters["stats"]["unique_graphs"]
+    for layout, shape in (("channels last", (8, 6, 5, 5)), ("channels last", (8, 10, 3, 3)), ("vectors", (8, 32))):
+        x = [LAYOUTS[layout](shape).requires_grad_() for _ in range(2)]
+        alpha = torch.randn(2, 2, 1 if layout == "vectors" else shape[1], requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = mix(x, alpha, compiled=True)
+        torch.autograd.grad([one.sum() for one in y], [alpha, *x])
+        with torch.no_grad():
+            mix(x, alpha, compiled=True)
+    assert counters["stats"]["unique_graphs"] - graphs == 2
+
+
 def test_nothing_is_compiled_for_a_short_run() -> None:
     run = build.run(config(), None)
     run.tracker.close()
@@ -130,7 +147,9 @@ def test_a_compiled_run_says_so_and_learns_the_same() -> None:
         results["start"] = before
         from mtl.trainer import fit
 
+        graphs = counters["stats"]["unique_graphs"]
         results[compile] = fit(run)
+        assert counters["stats"]["unique_graphs"] == graphs, "something was compiled in the midst of training"
     a, b = (results[kind].val for kind in ("none", "units"))
     for task in ("shapes_kind", "shapes_size"):
         assert a[task]["loss"] == pytest.approx(b[task]["loss"], rel=1e-3)
