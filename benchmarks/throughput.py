@@ -6,7 +6,8 @@
 
 Arms take turns of a second or so, round after round, each in a process of its own; a turn begins with steps that are not timed.
 Ratios are taken within a round, so that a drift of the machine meets both, and their median over rounds is reported. Compiling
-and other warm-up come before the first turn. Results are on disk after every cell of the table.
+and other warm-up come before the first turn. Results are on disk after every cell of the table, and cells of other runs in that
+file are kept.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import WORKLOADS, Ours, serve
+from benchmarks.arms import SETTLE, WORKLOADS, Ours, serve
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
-TURN = 1.0
+TURN = 0.6
 """Seconds that a turn should last."""
+LEAST, CELL, LONGEST = 3, 90.0, 600.0
+"""Rounds of a cell that takes long; seconds for which more rounds follow; and seconds from which a cell is left out, unless
+`--longest` says otherwise."""
 QUICK = (("small_cnn 28x28 b128", 2), ("small_cnn 28x28 b128", 8), ("resnet18 64x64 b32", 2))
 COUNTS = (1, 2, 4, 8, 16)
 
@@ -89,7 +93,10 @@ def _answer(pipe: Connection) -> Any:
 
 
 def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str, ...]) -> dict[str, Any]:
-    """One cell of the table: every arm's seconds per step in every round, its peak of memory, and the machine's rates."""
+    """One cell of the table: every arm's seconds per step in every round, its peak of memory, and the machine's rates.
+
+    At most so many rounds, fewer where they take long.
+    """
     seats: dict[str, Seat] = {}
     failed: dict[str, str] = {}
     try:
@@ -105,10 +112,12 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str
                 failed[name] = str(error)
                 seats.pop(name).close()
         running = [name for name in arms if name in seats]
-        steps = {(n, m): _steps(min(seats[n].ask(m, 1) for _ in range(2))) for n in running for m in modes}
+        taking = {(n, m): min(seats[n].ask(m, 1) for _ in range(2)) for n in running for m in modes}
+        steps = {turn: max(1, min(24, round(TURN / seconds))) for turn, seconds in taking.items()}
+        seconds = sum((steps[turn] + min(SETTLE, steps[turn])) * taking[turn] for turn in taking)
         taken: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in running}
         rates = []
-        for i in range(rounds):
+        for i in range(max(LEAST, min(rounds, int(CELL / seconds)))):
             rates.append(machine.ask("measure"))
             for name in running[i % len(running) :] + running[: i % len(running)]:
                 for mode in modes:
@@ -117,20 +126,29 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str
     finally:
         for seat in seats.values():
             seat.close()
-    return {"workload": workload, "tasks": tasks, "environment": environment, "machine": rates, "arms": found, "failed": failed}
+    return {
+        "workload": workload,
+        "tasks": tasks,
+        "environment": environment,
+        "seconds_per_round": round(seconds, 2),
+        "machine": rates,
+        "arms": found,
+        "failed": failed,
+    }
 
 
-def _steps(seconds: float) -> int:
-    return max(1, min(24, round(TURN / seconds)))
-
-
-def need(cells: list[dict[str, Any]], workload: str, tasks: int) -> float:
-    """Bytes that all arms together will about take, from the largest cell of this workload so far; 0 if there is none."""
+def against(cells: list[dict[str, Any]], workload: str, tasks: int, longest: float) -> str | None:
+    """What speaks against measuring a cell, going by the one before it of this workload: memory, or time."""
     before = [cell for cell in cells if cell["workload"] == workload and cell["tasks"] < tasks]
     if not before:
-        return 0.0
+        return None
     last = max(before, key=lambda cell: int(cell["tasks"]))
-    return float(sum(arm["memory"] for arm in last["arms"].values()) * tasks / last["tasks"])
+    more = tasks / last["tasks"]
+    memory = more * sum(arm["memory"] for arm in last["arms"].values())
+    if memory > 0.8 * available():
+        return f"its arms would take about {memory / 2**30:.0f} GiB side by side, of {available() / 2**30:.0f} GiB"
+    seconds = more * LEAST * last["seconds_per_round"]
+    return f"{LEAST} rounds would take about {seconds / 60:.0f} minutes" if seconds > longest else None
 
 
 def available() -> int:
@@ -242,12 +260,15 @@ def profile(workload: str, tasks: int, steps: int = 5) -> str:
 
 
 def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure the cells of a plan; what is done is written as soon as it is."""
-    result: dict[str, Any] = {"cells": [], "left_out": []}
+    """Measure the cells of a plan; what is done is written as soon as it is, and other cells in that file are kept."""
+    result: dict[str, list[dict[str, Any]]] = {"cells": [], "left_out": []}
+    if given.out and given.out.exists():
+        result = {
+            key: [cell for cell in cells if (cell["workload"], cell["tasks"]) not in plan]
+            for key, cells in json.loads(given.out.read_text()).items()
+        }
     for workload, tasks in plan:
-        wanted = need(result["cells"], workload, tasks)
-        if wanted > 0.8 * available():
-            why = f"its arms would take about {wanted / 2**30:.0f} GiB side by side, of {available() / 2**30:.0f} GiB"
+        if why := against(result["cells"], workload, tasks, given.longest):
             result["left_out"].append({"workload": workload, "tasks": tasks, "why": why})
             say(f"{workload}, T = {tasks}: left out: {why}")
             continue
@@ -262,6 +283,8 @@ def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callabl
             milliseconds = [1000 * statistics.median(arm[mode]) for mode in ("train", "infer")]
             say(f"  {name:14} {milliseconds[0]:9.1f} ms train {milliseconds[1]:9.1f} ms infer {arm['memory'] / 2**20:8.0f} MiB")
         if given.out:
+            for cells in result.values():
+                cells.sort(key=lambda cell: (list(WORKLOADS).index(cell["workload"]), cell["tasks"]))
             given.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -272,7 +295,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three cells, three rounds")
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS), help="(default: all)")
     parser.add_argument("--tasks", type=lambda text: [int(t) for t in text.split(",")], default=list(COUNTS), metavar="T,T,...")
-    parser.add_argument("--rounds", type=int, help="(default: 7, quick: 3)")
+    parser.add_argument("--rounds", type=int, help=f"at most; {LEAST} where they take long (default: 7, quick: {LEAST})")
+    parser.add_argument("--longest", type=float, default=LONGEST, metavar="S", help="seconds of a cell (default: %(default)s)")
     parser.add_argument("--arms", type=lambda text: ["stitched", "unshared", *text.split(",")], help="fewer of them")
     parser.add_argument("--workers", type=int, default=2, help="of the peers' DataLoader (default: %(default)s)")
     parser.add_argument("--libmtl", metavar="PATH", help="a checkout of LibMTL, to measure it too")
@@ -285,7 +309,7 @@ def main() -> None:
         return
     if given.libmtl and not (Path(given.libmtl) / "LibMTL").is_dir():
         sys.exit(f"no LibMTL checkout at {given.libmtl}: it has no folder LibMTL")
-    given.rounds = given.rounds or (3 if given.quick else 7)
+    given.rounds = given.rounds or (LEAST if given.quick else 7)
     plan = list(QUICK) if given.quick else [(w, t) for w in given.workload or WORKLOADS for t in given.tasks]
     result = run_all(plan, given, lambda line: print(line, flush=True))
     print()
