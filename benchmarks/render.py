@@ -1,4 +1,4 @@
-"""Renders `benchmarks/README.md` from its template and the recorded results: python -m benchmarks.render"""
+"""Renders `benchmarks/README.md`, and its picture, from its template and the recorded results: python -m benchmarks.render"""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import batching, cutting, decoding, three_epochs
+    from benchmarks import batching, cutting, decoding, fast_path, three_epochs, throughput
 
     text = (HERE / "README.template.md").read_text()
     tables = (
+        ("@THROUGHPUT@", throughput.render),
+        ("@FAST_PATH@", fast_path.render),
         ("@CUTTING@", cutting.render),
         ("@BATCHING@", batching.render),
         ("@DECODING@", decoding.render),
@@ -24,7 +26,10 @@ def page() -> str:
 
 
 def write_page() -> None:
-    """Write it."""
+    """Write it, and draw."""
+    from benchmarks import throughput
+
+    throughput.draw(HERE / "results" / "throughput.svg")
     (HERE / "README.md").write_text(page())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.func import functional_call
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtl.balancing import Balancer
+from mtl.balancing import Balancer, Scalarization
 from mtl.batchable import reason_against
 from mtl.batched import Batched
 from mtl.batches import Feed, in_order
@@ -102,7 +102,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
     execution, why_not = choose_execution(config, model, samples[Split.TRAIN])
     config = config.replaced(execution=execution)
     try_tasks(model, samples[Split.TRAIN], autocast(config))
-    compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
+    compiled, notes, seconds = compile_parts(config, model, balancer, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
     directory = make_directory(run_dir, config)
     return Run(
@@ -148,45 +148,72 @@ def choose_execution(config: RunConfig, model: MultiTaskModel, training: Mapping
     return "towers", [f"towers run one by one: {reason}"]
 
 
-def compile_units(
-    config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples], steps: int
+def compile_parts(
+    config: RunConfig, model: MultiTaskModel, balancer: Balancer, training: Mapping[str, Samples], steps: int
 ) -> tuple[str, list[str], float]:
-    """Compile the exchange units' arithmetic where the config says so, by one pass forth and back that changes nothing.
+    """Compile what the config says, by one pass forth and back that changes nothing.
 
-    `auto`, a rule: on a CPU, where all exchange of a run comes to `WORTH_COMPILING` multiply-adds or more, if compiling works.
+    `auto`, a rule: exchange units on a CPU, where all exchange of a run comes to `WORTH_COMPILING` multiply-adds or more, if
+    compiling works.
 
     Returns:
         What `compile` became, what to say about it, and the seconds that it took.
 
     Raises:
-        ConfigError: `units` was asked for, and they cannot be compiled here.
+        ConfigError: compiling was asked for, and does not work here.
     """
     units = list(model.exchange().values())
-    samples = sum(min(len(part), config.batch_size) for part in training.values()) * config.optim.accumulate
-    worth = config.device == "cpu" and steps * samples * model.exchanged_products() >= WORTH_COMPILING
-    if not units or config.compile == "none" or (config.compile == "auto" and not worth):
-        return "none", [], 0.0
+    if config.compile == "network":
+        if not isinstance(balancer, Scalarization):
+            raise ConfigError(
+                [
+                    f"compile: balancer {config.balancer.name!r} takes several backward passes a step, and a compiled network "
+                    "has one; use compile=units, or balancer=fixed"
+                ]
+            )
+        on_gpu = torch.device(config.device).type == "cuda"
+        model.compile(mode="reduce-overhead" if on_gpu else "default")  # the former captures CUDA graphs
+    else:
+        samples = sum(min(len(part), config.batch_size) for part in training.values()) * config.optim.accumulate
+        worth = config.device == "cpu" and steps * samples * model.exchanged_products() >= WORTH_COMPILING
+        if not units or config.compile == "none" or (config.compile == "auto" and not worth):
+            return "none", [], 0.0
+        for unit in units:
+            unit.compiled = True
     started = time.monotonic()
-    for unit in units:
-        unit.compiled = True
+    try:
+        exchange = [p for unit in units for p in unit.parameters()]  # their derivatives suffice, and take less memory
+        _pass_without_trace(config, model, training, exchange if config.compile != "network" else model.parameters())
+    except Exception as error:  # a compiler may be missing or broken in any way, and training needs none
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if config.compile != "auto":
+            what = "the network" if config.compile == "network" else "exchange units"
+            raise ConfigError([f"compile: {what} cannot be compiled here: {reason}; compile=none trains without"]) from error
+        for unit in units:
+            unit.compiled = False
+        return "none", [f"exchange units cannot be compiled here: {reason}"], time.monotonic() - started
+    seconds = time.monotonic() - started
+    if config.compile == "network":
+        return "network", [f"compiled the network in {seconds:.1f} s"], seconds
+    return "units", [f"compiled the exchange units in {seconds:.1f} s"], seconds
+
+
+def _pass_without_trace(
+    config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples], parameters: Iterable[nn.Parameter]
+) -> None:
+    """Forth and back to these parameters, as a training step does; buffers and random numbers are afterwards as before."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with seeded(config.seed, "warm-up"), autocast(config)():
             model.train()
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            images = {name: next(in_order(part, config.batch_size)).images for name, part in training.items()}
-            outputs = functional_call(model, buffers, (images,)).outputs
-            total = torch.stack([y.mean() for y in outputs.values()]).sum()
-            of = [p for unit in units for p in unit.parameters() if p.requires_grad]
-            torch.autograd.grad(total, of or [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    except Exception as error:  # a compiler may be missing or broken in any way, and training needs none
-        for unit in units:
-            unit.compiled = False
-        reason = f"exchange units cannot be compiled here: {type(error).__name__}: {str(error).splitlines()[0]}"
-        if config.compile == "units":
-            raise ConfigError([f"compile: {reason}; compile=none trains without"]) from error
-        return "none", [reason], time.monotonic() - started
-    seconds = time.monotonic() - started
-    return "units", [f"compiled the exchange units in {seconds:.1f} s"], seconds
+            outputs = model({name: next(in_order(part, config.batch_size)).images for name, part in training.items()}).outputs
+        total = torch.stack([y.float().mean() for y in outputs.values()]).sum()
+        trained = [p for p in parameters if p.requires_grad]
+        torch.autograd.grad(total, trained or [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
 
 
 def resolved(config: RunConfig) -> RunConfig:

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import mtl
 from mtl import build, mixing
 from mtl.hardware import memory_kept
 from mtl.mixing import mix
+from mtl.model import MultiTaskModel
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
@@ -135,24 +136,39 @@ def test_nothing_is_compiled_for_a_short_run() -> None:
 
 
 @needs_compiler
-def test_a_compiled_run_says_so_and_learns_the_same() -> None:
+def test_a_compiled_run_says_so_and_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graphs_alone(self: nn.Module, mode: str) -> None:
+        """A minute less, of generating code for a whole network."""
+        assert mode == "default"
+        nn.Module.compile(self, backend="aot_eager")
+
+    monkeypatch.setattr(MultiTaskModel, "compile", graphs_alone)
     results = {}
-    for compile in ("none", "units"):
+    for compile in ("none", "units", "network"):
         run = build.run(config(compile=compile), None)
         assert run.config.compile == compile
-        assert (run.warm_up_seconds > 0) == (compile == "units") == bool(run.notes)
+        assert (run.warm_up_seconds > 0) == (compile != "none") == bool(run.notes)
         before = {name: value.clone() for name, value in run.model.state_dict().items()}
-        if compile == "units":
+        if compile != "none":
             assert all(torch.equal(value, results["start"][name]) for name, value in before.items()), "warm-up left a trace"
         results["start"] = before
         from mtl.trainer import fit
 
         graphs = counters["stats"]["unique_graphs"]
         results[compile] = fit(run)
-        assert counters["stats"]["unique_graphs"] == graphs, "something was compiled in the midst of training"
-    a, b = (results[kind].val for kind in ("none", "units"))
-    for task in ("shapes_kind", "shapes_size"):
-        assert a[task]["loss"] == pytest.approx(b[task]["loss"], rel=1e-3)
+        if compile == "units":
+            assert counters["stats"]["unique_graphs"] == graphs, "something was compiled in the midst of training"
+    for kind in ("units", "network"):
+        for task in ("shapes_kind", "shapes_size"):
+            assert results["none"].val[task]["loss"] == pytest.approx(results[kind].val[task]["loss"], rel=1e-3)
+
+
+def test_a_network_is_compiled_for_one_backward_pass_a_step_only() -> None:
+    pytest.importorskip("torchjd")
+    with pytest.raises(
+        mtl.ConfigError, match=r"compile: balancer 'upgrad' takes several backward passes a step.*compile=units"
+    ):
+        build.run(config(compile="network", balancer="upgrad"), None)
 
 
 def test_where_nothing_compiles_training_goes_on_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
