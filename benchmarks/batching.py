@@ -70,20 +70,17 @@ def render() -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a family, and one more for each reason in it."""
-    lines = [
-        "| networks | n | as one | outputs | gradients | largest gradient | buffers |",
-        "|---|---:|---|---:|---:|---:|---:|",
-    ]
+    """One line a family, and one more for each reason in it: the largest difference, of the largest number of its kind."""
+    lines = ["| networks | n | as one | outputs | gradients | buffers |", "|---|---:|---|---:|---:|---:|"]
     for family, reason in dict.fromkeys((row["family"], row["reason"]) for row in rows):
         of = [row for row in rows if (row["family"], row["reason"]) == (family, reason)]
         names = f"| {', '.join(row['network'] for row in of)} | {len(of)} |"
         if reason is not None:
-            lines.append(f"{names} no: {reason} | | | | |")
+            lines.append(f"{names} no: {reason} | | | |")
             continue
-        largest = max(row["gradients"][1] for row in of)
-        outputs, gradients, buffers = (f"{max(row[what][0] for row in of):.1g}" for what in WHAT)
-        lines.append(f"{names} yes | {outputs} | {gradients} | {largest:.2g} | {buffers} |")
+        worst = (max((row[what] for row in of), key=lambda gap: Gap(*gap).relative) for what in WHAT)
+        cells = " | ".join("0" if not difference else f"{difference:.0e} of {size:.1g}" for difference, size in worst)
+        lines.append(f"{names} yes | {cells} |")
     return "\n".join(lines)
 
 
