@@ -487,6 +487,16 @@ def test_some_towers_of_many_at_uneven_distances() -> None:
     assert addresses(towers) == where
 
 
+def test_all_towers_after_some() -> None:
+    """Whatever ran first, the largest company ends up together."""
+    towers, segments, x = towers_of("mlp", 4)
+    calm(towers)
+    segments = [Segment(segment.stages) for segment in segments]
+    for some in (towers[::2], towers[1:3], towers, towers[:2]):
+        agree(*both(some, segments, [x] * len(some)))
+    assert stacked(towers)
+
+
 def test_apart_gives_everything_memory_of_its_own(ran: tuple[list[nn.Module], list[Segment], Tensor]) -> None:
     towers, _, _ = ran
     assert stacked(towers)
