@@ -9,13 +9,14 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import batching, batching_speed, cutting, three_epochs
+    from benchmarks import batching, batching_speed, cutting, decoding, three_epochs
 
     text = (HERE / "README.template.md").read_text()
     tables = (
         ("@CUTTING@", cutting.render),
         ("@BATCHING@", batching.render),
         ("@BATCHING_SPEED@", batching_speed.render),
+        ("@DECODING@", decoding.render),
         ("@THREE_EPOCHS@", three_epochs.render),
     )
     for placeholder, render in tables:

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from mtl.conformance import check_task as check_task
     from mtl.cross_stitch import CrossStitch as CrossStitch
     from mtl.cross_stitch import CrossStitchUnit as CrossStitchUnit
-    from mtl.data import ArrayDataset as ArrayDataset
     from mtl.data import Split as Split
+    from mtl.datasets import ArrayDataset as ArrayDataset
     from mtl.errors import ConfigError as ConfigError
     from mtl.errors import DataError as DataError
     from mtl.errors import MTLError as MTLError
     from mtl.errors import PluginError as PluginError
     from mtl.errors import RunError as RunError
+    from mtl.files import ImageFiles as ImageFiles
     from mtl.heads import DataclassHead as DataclassHead
     from mtl.heads import FeatureHead as FeatureHead
     from mtl.heads import Head as Head
@@ -73,8 +74,10 @@ _HOME = {
     "config": ("DataConfig", "InitFrom", "RunConfig", "load_config"),
     "conformance": ("Check", "check_task"),
     "cross_stitch": ("CrossStitch", "CrossStitchUnit"),
-    "data": ("ArrayDataset", "Split"),
+    "data": ("Split",),
+    "datasets": ("ArrayDataset",),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
+    "files": ("ImageFiles",),
     "heads": ("DataclassHead", "FeatureHead", "Head"),
     "metrics": ("Metric", "torchmetric"),
     "multilabel": ("MultiLabel",),

@@ -1,7 +1,8 @@
 """From samples on a device to the batches of a step.
 
 Order is a pure function of (seed, dataset, epoch); augmentation of (seed, dataset, epoch, sample). Neither depends on what ran
-before, so nothing about them needs to be saved. A batch is an index into tensors that already lie on the device.
+before, so nothing about them needs to be saved. A batch is an index into tensors that already lie on the device; images that
+are files are decoded ahead of it.
 """
 
 from __future__ import annotations
@@ -102,28 +103,21 @@ class Feed:
 
     def epoch(self, epoch: int) -> Iterator[Step]:
         """The steps of epoch `epoch` (from 1)."""
-        orders = {name: self._order(name, epoch) for name in self.samples}  # name -> (positions, how often seen before)
+        batches = {name: self._batches(name, epoch) for name in self.samples}
         for i in range(0, len(self.bounds), self.accumulate):
             micro = self.bounds[i : i + self.accumulate]
-            yield [
-                [self._batch(name, index[a:b], turn[a:b], epoch) for name, (index, turn) in orders.items()] for a, b in micro
-            ]
+            yield [[next(of_dataset) for of_dataset in batches.values()] for _ in micro]
 
-    def _order(self, name: str, epoch: int) -> tuple[Tensor, Tensor]:
-        """Positions of dataset `name` in the order of this epoch, as many as the driving dataset has, and each one's pass."""
+    def _batches(self, name: str, epoch: int) -> Iterator[Batch]:
+        """As many batches of dataset `name` as the driving dataset has: pass after pass, each in an order of its own."""
         part, needed = self.samples[name], self.bounds[-1][1]
         passes = math.ceil(needed / len(part))
-        order = torch.cat([permutation(len(part), self.seed, "order", name, epoch, i) for i in range(passes)])
-        turn = torch.arange(passes).repeat_interleave(len(part))
+        order = torch.cat([permutation(len(part), self.seed, "order", name, epoch, i) for i in range(passes)])[:needed]
+        turn = torch.arange(passes).repeat_interleave(len(part))[:needed]
         device = part.images.device
-        return order[:needed].to(device), turn[:needed].to(device)
-
-    def _batch(self, name: str, index: Tensor, turn: Tensor, epoch: int) -> Batch:
-        part = self.samples[name]
-        images = self.augment(part.images[index], index + turn * len(part), self.seed, "augment", name, epoch)
-        targets = {task: target[index] for task, target in part.targets.items()}
-        valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
-        return Batch(name, images, targets, valid)
+        index, sample = order.to(device), (order + turn * len(part)).to(device)
+        for (a, b), images in zip(self.bounds, part.image_batches(self.bounds, order), strict=True):
+            yield _batch(part, index[a:b], self.augment(images, sample[a:b], self.seed, "augment", name, epoch))
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
@@ -139,9 +133,19 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def in_order(part: Samples, batch_size: int) -> Iterator[Batch]:
-    """The samples of a split in their own order, for evaluation: slices, without a copy."""
-    for a in range(0, len(part), batch_size):
-        b = a + batch_size
-        targets = {task: target[a:b] for task, target in part.targets.items()}
-        valid = {task: None if mask is None else mask[a:b] for task, mask in part.valid.items()}
-        yield Batch(part.dataset, part.images[a:b], targets, valid)
+    """The samples of a split in their own order, for evaluation: of what is in memory slices, without a copy."""
+    bounds = [(a, min(a + batch_size, len(part))) for a in range(0, len(part), batch_size)]
+    for (a, b), images in zip(bounds, part.image_batches(bounds), strict=True):
+        yield _batch(part, slice(a, b), images)
+
+
+def first(part: Samples, count: int) -> Batch:
+    """The first samples of a split, of which nothing more is read."""
+    index = slice(0, count)
+    return _batch(part, index, part.images[index])
+
+
+def _batch(part: Samples, index: Tensor | slice, images: Tensor) -> Batch:
+    targets = {task: target[index] for task, target in part.targets.items()}
+    valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
+    return Batch(part.dataset, images, targets, valid)

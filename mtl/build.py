@@ -6,35 +6,45 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.balancing import Balancer
-from mtl.batches import Feed
+from mtl.batchable import reason_against
+from mtl.batched import Batched
+from mtl.batches import Feed, in_order
 from mtl.checkpoint import load_weights, read_description
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
 from mtl.data import Samples, Split, data_root, fit_heads, load_splits
+from mtl.decoding import Decoders
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
-from mtl.hardware import computes_in_bf16
+from mtl.hardware import computes_in_bf16, memory_kept, usable_cores
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.rundir import make_directory, refuse_to_overwrite
+from mtl.seeding import seeded
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
 from mtl.task import Task, make_task
 from mtl.tracking import Rows, TensorBoard
 from mtl.trainer import Run, RunResult, fit, train_step
 from mtl.warm_start import located, source, start_from
+
+WORTH_COMPILING = 2e10
+"""Multiply-adds of all exchange in a run from which compiling it pays: it takes 4 to 20 s and saves 1 ns on each or more."""
+MOST_WORKERS = 16
+"""Processes that decode, where `auto` decides: more photos a second than one device takes."""
 
 
 def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> RunResult:
@@ -58,8 +68,18 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     if run_dir is not None:
         refuse_to_overwrite(Path(run_dir))
     config = resolved(config)
+    with ExitStack() as on_failure:
+        decoders = make_decoders(config)
+        on_failure.callback(decoders.close)
+        made = composed(config, run_dir, progress, decoders)
+        on_failure.pop_all()
+    return made
+
+
+def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress | None, decoders: Decoders) -> Run:
+    """What `run` gives, of a resolved config."""
     tasks = make_tasks(config)
-    samples = load_data(config, tasks)
+    samples = load_data(config, tasks, decoders=decoders)
     tasks = fit_heads(tasks, samples[Split.TRAIN])
     model = model_of(config, tasks, input_shape(samples[Split.TRAIN]))
     for name, standardize in model.inputs.items():
@@ -79,7 +99,11 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
                 "micro-batches; use accumulate=1, or balancer=fixed"
             ]
         )
+    execution, why_not = choose_execution(config, model, samples[Split.TRAIN])
+    config = config.replaced(execution=execution)
     try_tasks(model, samples[Split.TRAIN], autocast(config))
+    compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
+    config = config.replaced(compile=compiled)
     directory = make_directory(run_dir, config)
     return Run(
         config=config,
@@ -95,17 +119,85 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
         tracker=TensorBoard(directory / "tb"),
         rows=Rows(directory / "metrics.jsonl"),
         progress=progress or Silent(),
+        decoders=decoders,
+        notes=[*why_not, *notes],
+        warm_up_seconds=seconds,
     )
+
+
+def choose_execution(config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples]) -> tuple[str, list[str]]:
+    """Set how the model's towers are run. `auto`, a rule: batched on CUDA where the network allows it, else one by one.
+
+    Returns:
+        What `execution` became, and what to say about it.
+
+    Raises:
+        ConfigError: `batched` was asked for, and the towers cannot be run as one network.
+    """
+    wanted = config.execution == "batched" or (config.execution == "auto" and torch.device(config.device).type == "cuda")
+    if not wanted or len(model.towers) < 2:
+        return "towers", []
+    with autocast(config)():
+        images = {name: next(in_order(part, 2)).images for name, part in training.items()}
+        reason = reason_against(*model.towers_and_inputs(images))
+    if reason is None:
+        model.execution = Batched()
+        return "batched", []
+    if config.execution == "batched":
+        raise ConfigError([f"execution: towers cannot be batched: {reason}; execution=towers runs them one by one"])
+    return "towers", [f"towers run one by one: {reason}"]
+
+
+def compile_units(
+    config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples], steps: int
+) -> tuple[str, list[str], float]:
+    """Compile the exchange units' arithmetic where the config says so, by one pass forth and back that changes nothing.
+
+    `auto`, a rule: on a CPU, where all exchange of a run comes to `WORTH_COMPILING` multiply-adds or more, if compiling works.
+
+    Returns:
+        What `compile` became, what to say about it, and the seconds that it took.
+
+    Raises:
+        ConfigError: `units` was asked for, and they cannot be compiled here.
+    """
+    units = list(model.exchange().values())
+    samples = sum(min(len(part), config.batch_size) for part in training.values()) * config.optim.accumulate
+    worth = config.device == "cpu" and steps * samples * model.exchanged_products() >= WORTH_COMPILING
+    if not units or config.compile == "none" or (config.compile == "auto" and not worth):
+        return "none", [], 0.0
+    started = time.monotonic()
+    for unit in units:
+        unit.compiled = True
+    try:
+        with seeded(config.seed, "warm-up"), autocast(config)():
+            model.train()
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            images = {name: next(in_order(part, config.batch_size)).images for name, part in training.items()}
+            outputs = functional_call(model, buffers, (images,)).outputs
+            total = torch.stack([y.mean() for y in outputs.values()]).sum()
+            torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    except Exception as error:  # a compiler may be missing or broken in any way, and training needs none
+        for unit in units:
+            unit.compiled = False
+        reason = f"exchange units cannot be compiled here: {type(error).__name__}: {str(error).splitlines()[0]}"
+        if config.compile == "units":
+            raise ConfigError([f"compile: {reason}; compile=none trains without"]) from error
+        return "none", [reason], time.monotonic() - started
+    seconds = time.monotonic() - started
+    return "units", [f"compiled the exchange units in {seconds:.1f} s"], seconds
 
 
 def resolved(config: RunConfig) -> RunConfig:
     """The config with every `auto` replaced by what it became here, by fixed rules, and the data folder made absolute.
 
     device: CUDA where there is one, else the CPU. precision: bf16 on a CUDA device of compute capability 8 or more and on CPUs
-    with bf16 instructions (AVX512-BF16, AMX), else fp32.
+    with bf16 instructions (AVX512-BF16, AMX), else fp32. data.workers: as many as the cores that this process may use, at most
+    16.
     """
     name, precision = usable(config.device, config.precision)
-    data = config.data.model_copy(update={"root": data_root(config.data.root).absolute()})
+    workers = min(usable_cores(), MOST_WORKERS) if config.data.workers == "auto" else config.data.workers
+    data = config.data.model_copy(update={"root": data_root(config.data.root).absolute(), "workers": workers})
     starts = {task: located(task, given) for task, given in config.init_from.items()}
     return config.replaced(device=name, precision=precision, data=data, init_from=starts)
 
@@ -154,7 +246,15 @@ def make_tasks(config: RunConfig) -> list[Task]:
     return tasks
 
 
-def load_data(config: RunConfig, tasks: list[Task], splits: Sequence[Split] = tuple(Split)) -> dict[Split, dict[str, Samples]]:
+def make_decoders(config: RunConfig) -> Decoders:
+    """Who decodes the image files of a resolved config; no process is started before it is needed."""
+    assert isinstance(config.data.workers, int)
+    return Decoders(config.data.workers)
+
+
+def load_data(
+    config: RunConfig, tasks: list[Task], splits: Sequence[Split] = tuple(Split), decoders: Decoders | None = None
+) -> dict[Split, dict[str, Samples]]:
     """Split -> dataset name -> samples, on the device, in the order of dataset names."""
     samples: dict[Split, dict[str, Samples]] = {split: {} for split in Split}
     for name in sorted({task.dataset for task in tasks}):
@@ -167,6 +267,7 @@ def load_data(config: RunConfig, tasks: list[Task], splits: Sequence[Split] = tu
             config.data.split_seed,
             config.device,
             splits,
+            decoders,
         )
         for split, part in parts.items():
             samples[split][name] = part
@@ -245,12 +346,13 @@ def evaluate_run(
     config = resolved(config.replaced(device=device, data=placed, init_from={}))
     file = directory / "checkpoints" / f"{weights}.safetensors"
     tasks = restore_heads(make_tasks(config), read_description(file))
-    samples = load_data(config, tasks, [Split(split)])[Split(split)]
-    if not samples:
-        raise DataError(f"this run has no {split} split")
-    model = model_of(config, tasks, input_shape(samples), pretrained=False)
-    load_weights(file, model)
-    figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
+    with make_decoders(config) as decoders, memory_kept():
+        samples = load_data(config, tasks, [Split(split)], decoders)[Split(split)]
+        if not samples:
+            raise DataError(f"this run has no {split} split")
+        model = model_of(config, tasks, input_shape(samples), pretrained=False)
+        load_weights(file, model)
+        figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}
 
 
@@ -262,8 +364,7 @@ def restore_heads(tasks: Sequence[Task], description: Mapping[str, Any]) -> list
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Build a run, take one step, and say what it consists of. Leaves no run directory."""
-    with tempfile.TemporaryDirectory() as folder:
-        ready = run(config, Path(folder) / "run")
+    with tempfile.TemporaryDirectory() as folder, closing(run(config, Path(folder) / "run")) as ready:
         step = next(ready.feed.epoch(1))
         images = {batch.dataset: batch.images for batch in step[0]}
         ready.model.eval()
@@ -273,7 +374,6 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         started = time.monotonic()
         losses = train_step(ready, step).tolist()
         seconds = time.monotonic() - started
-        ready.tracker.close()
     model = ready.model
     return {
         "tasks": {task.name: {"dataset": task.dataset, "target": task.target, **task.head.describe()} for task in model.tasks},

@@ -48,6 +48,9 @@ class DataConfig(Options):
     imagenet: by the constants of torchvision's pretrained weights."""
     augment: Augment = Augment()
     """Random changes to training images."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that decode image files; 0: the training process does, and waits for it. What is in memory needs none. Batches
+    do not depend on it. auto: as many as there are cores to use, at most 16."""
     datasets: dict[str, Any] = Field(default_factory=dict)
     """Options of datasets, by dataset name."""
 
@@ -126,6 +129,12 @@ class RunConfig(Options):
     """End when the validation score has not risen for this many epochs; null: never."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass. auto: bf16 autocast on hardware that computes in it, else fp32."""
+    execution: Literal["auto", "batched", "towers"] = "auto"
+    """How towers are run. batched: as one network with stacked parameters; towers: one after the other. auto: batched on CUDA
+    where the network allows it, else towers (a CPU loses by batching). Results differ by rounding only."""
+    compile: Literal["auto", "none", "units"] = "auto"
+    """What torch.compile makes one pass over memory of. units: exchange units; none: nothing. auto: units on a CPU with a C++
+    compiler when the run is long enough to make up for compiling, else none. Results differ by rounding only."""
     device: str = "auto"
     """As torch names it: cpu, cuda, cuda:1, mps. auto: CUDA where there is one, else the CPU."""
     seed: int = 0
@@ -179,9 +188,11 @@ class RunConfig(Options):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that two configs share when they describe the same run; paths and device are left out."""
+        """Twelve hexadecimal digits that two configs share when they describe the same run; paths, device and the number of
+        workers are left out.
+        """
         tree = self.model_dump(mode="json")
-        del tree["device"], tree["data"]["root"]
+        del tree["device"], tree["data"]["root"], tree["data"]["workers"]
         for start in tree["init_from"].values():
             del start["path"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -26,7 +26,8 @@ from torch import Tensor
 from mtl.batches import Batch
 from mtl.build import make_model
 from mtl.choices import choose
-from mtl.data import ArrayDataset, Samples, Split, checked_splits, data_root, fit_heads, load_dataset
+from mtl.data import Samples, Split, checked_splits, data_root, fit_heads, load_dataset
+from mtl.datasets import Dataset
 from mtl.errors import MTLError
 from mtl.evaluation import evaluate, summed_loss, try_tasks
 from mtl.metrics import score_of
@@ -63,7 +64,7 @@ class _Subject:
     name: str
     root: Path
     backbone: str | None
-    parts: dict[Split, ArrayDataset] = field(default_factory=dict)
+    parts: dict[Split, Dataset] = field(default_factory=dict)
     task: Task | None = None
     samples: dict[Split, Samples] = field(default_factory=dict)
     model: MultiTaskModel | None = None
@@ -127,7 +128,7 @@ def _same_twice(of: _Subject) -> str:
     assert of.task is not None
     again = load_dataset(DATASETS.get(of.task.dataset), Split.TRAIN, of.root, None)
     first = of.parts[Split.TRAIN]
-    same = torch.equal(again.images, first.images) and all(
+    same = again.same_images(first) and all(
         torch.equal(again.labels[name].nan_to_num(), label.nan_to_num()) for name, label in first.labels.items()
     )
     if not same:
@@ -308,13 +309,13 @@ def _pickles(of: _Subject) -> str:
         raise _BrokenError(
             f"samples cannot be unpickled in a fresh process: {worker.stderr.decode(errors='replace').strip().splitlines()[-1]}"
         )
-    if float(worker.stdout) != float(some.images.double().sum()):
+    if float(worker.stdout) != float(some.images[:].double().sum()):
         raise _BrokenError("samples arrive changed in a fresh process")
     pickle.loads(pickle.dumps(of.task))
     return "samples reach a fresh process; the task pickles"
 
 
-WORKER = "import pickle, sys; print(repr(float(pickle.load(sys.stdin.buffer).images.double().sum())))"
+WORKER = "import pickle, sys; print(repr(float(pickle.load(sys.stdin.buffer).images[:].double().sum())))"
 """A program of its own: a worker of `multiprocessing` would run the caller's main module again."""
 
 

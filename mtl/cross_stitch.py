@@ -14,13 +14,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mtl.errors import ConfigError
+from mtl.mixing import mix, mix_stacked
 from mtl.options import Options
 from mtl.registry import register_unit
 from mtl.sharing import Exchange
 from mtl.units import ExchangeUnit
 
 BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient, Adam's two moments
-CHAINED = 4  # towers; see CrossStitchUnit._changes
 
 
 class StitchInit(Options):
@@ -115,46 +115,21 @@ class CrossStitchUnit(ExchangeUnit):
                 flat = torch.cat([f.flatten(1) for f in features], dim=1).to(self.alpha.dtype)
                 mixed = (flat @ self.alpha.T).to(first.dtype)
                 return [m.reshape(first.shape) for m in mixed.chunk(self.tasks, dim=1)]
-            return [f + change for f, change in zip(features, self._changes(features), strict=True)]
+            return mix(features, self._by_channel(), self.compiled)
 
     def forward_stacked(self, features: Tensor) -> Tensor:
-        """(T, B, C, ...) -> (T, B, C, ...), in one product. Precision is that of `forward`: see `_changes`."""
+        """(T, B, C, ...) -> (T, B, C, ...), in one product."""
         assert len(features) == self.tasks
         with torch.autocast(features.device.type, enabled=False):
             if self.granularity == "dense":
                 flat = features.transpose(0, 1).flatten(1).to(self.alpha.dtype)
                 mixed = (flat @ self.alpha.T).to(features.dtype)
                 return mixed.view(features.shape[1], self.tasks, *features.shape[2:]).transpose(0, 1)
-            return features + self._change(features)
+            return mix_stacked(features, self._by_channel())
 
-    def _excess(self, channels: int, dtype: torch.dtype) -> Tensor:
-        """alpha minus the identity, (T, T, channels)."""
-        identity = torch.eye(self.tasks, device=self.alpha.device, dtype=self.alpha.dtype)
-        excess = self.alpha - identity.view(self.tasks, self.tasks, *[1] * (self.alpha.ndim - 2))
-        return excess.to(dtype).reshape(self.tasks, self.tasks, -1).expand(-1, -1, channels)
-
-    def _change(self, stacked: Tensor) -> Tensor:
-        """x~ - x, (T, B, C, ...)."""
-        return torch.einsum("tsc,sbc...->tbc...", self._excess(stacked.shape[2], stacked.dtype), stacked)
-
-    def _changes(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """x~_t - x_t for each task.
-
-        In bf16 an alpha near 1 is rounded to multiples of 2^-8, which would swallow most of what it learns; alpha minus the
-        identity is not. Up to `CHAINED` towers are summed one by one, in the features' own memory layout and with no more
-        full activations alive than towers; above that one product over the tower axis is as fast (measured: 2 cores).
-        """
-        if self.tasks > CHAINED:
-            return list(self._change(torch.stack(list(features))).unbind(0))
-        excess = self._excess(features[0].shape[1], features[0].dtype)
-        excess = excess.reshape(*excess.shape, *[1] * (features[0].ndim - 2))
-        changes = []
-        for row in excess.unbind(0):
-            change = features[0] * row[0]
-            for weight, f in zip(row[1:], features[1:], strict=True):
-                change = torch.addcmul(change, f, weight)
-            changes.append(change)
-        return changes
+    def _by_channel(self) -> Tensor:
+        """(T, T, C), or (T, T, 1)."""
+        return self.alpha if self.granularity == "channel" else self.alpha[:, :, None]
 
     @torch.no_grad()
     def coupling(self) -> Tensor:

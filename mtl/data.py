@@ -1,28 +1,31 @@
-"""Datasets in memory: what a dataset plugin returns, and how it becomes checked tensors on the training device.
+"""From what a dataset plugin returns to checked samples on the training device, split into training, validation and test.
 
 Everything a user can get wrong in data is found here, before the first step: shapes that differ, splits that are empty, labels
-out of range, not finite or missing, classes never seen. Data that do not fit in memory are not covered by this module.
+out of range, not finite or missing, classes never seen. Of image files only that they exist, and of very many not of all.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl.datasets import Dataset
 from mtl.errors import DataError, MTLError, PluginError, unknown
+from mtl.files import FileImages
 from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
 from mtl.seeding import permutation
 from mtl.task import Task, check_name
+
+if TYPE_CHECKING:
+    from mtl.decoding import Decoders
 
 
 class Split(StrEnum):
@@ -33,61 +36,19 @@ class Split(StrEnum):
     TEST = "test"
 
 
-class ArrayDataset:
-    """One split of a dataset, in memory.
-
-    Args:
-        images: uint8 or float, (N, C, H, W), (N, H, W) for one channel, or (N, D) for feature vectors: a tensor, an array, or
-            a sequence of equally shaped ones. Kept in its own dtype.
-        labels: target name -> (N, ...) as the dataset stores them; integers or floats.
-        valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
-            shape for maps. A target not named here is labelled everywhere.
-
-    Raises:
-        DataError: shapes or lengths that do not fit together, or values that are not finite.
-    """
-
-    def __init__(self, images: Any, labels: Mapping[str, Any], valid: Mapping[str, Any] | None = None) -> None:
-        self.images = _images(images)
-        if not isinstance(labels, Mapping):
-            raise DataError(f"labels must map target names to arrays, as in {{'digit': y}}; found {type(labels).__name__}")
-        self.labels = {name: _tensor(value, f"labels[{name!r}]") for name, value in labels.items()}
-        self.valid: dict[str, Tensor] = {}
-        for name, value in (valid or {}).items():
-            if name not in self.labels:
-                raise DataError(f"valid: {unknown('target', name, self.labels)}")
-            mask = _tensor(value, f"valid[{name!r}]")
-            if mask.dtype != torch.bool or mask.shape != self.labels[name].shape[: mask.ndim]:
-                raise DataError(f"valid[{name!r}] must be bool of shape (N,); found {mask.dtype} of shape {tuple(mask.shape)}")
-            self.valid[name] = mask
-        for name, value in self.labels.items():
-            if value.ndim == 0 or len(value) != len(self.images):
-                raise DataError(
-                    f"labels[{name!r}] must have one entry per image, {len(self.images)}; found shape {tuple(value.shape)}"
-                )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def subset(self, index: Tensor) -> ArrayDataset:
-        """The samples at `index` (int64), as a dataset."""
-        part = object.__new__(ArrayDataset)
-        part.images = self.images[index]
-        part.labels = {name: value[index] for name, value in self.labels.items()}
-        part.valid = {name: value[index] for name, value in self.valid.items()}
-        return part
-
-
 @dataclass(frozen=True)
 class Samples:
-    """One split of one dataset on the training device, with the targets of the tasks that use it.
+    """One split of one dataset for the training device, with the targets of the tasks that use it.
+
+    `images` is a tensor (N, ...) on the device, or files that are decoded when they are asked for; `image_batches` is the way
+    to all of them.
 
     `valid[task]` is bool, (N,) or of the target's shape, or None where every label exists; `labelled[task]` counts those that
     do, and `shares[task]` is the part of all labels that do.
     """
 
     dataset: str
-    images: Tensor
+    images: Tensor | FileImages
     targets: Mapping[str, Tensor]
     valid: Mapping[str, Tensor | None]
     labelled: Mapping[str, int]
@@ -100,6 +61,20 @@ class Samples:
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample, (C, H, W) or (D,)."""
         return tuple(self.images.shape[1:])
+
+    def image_batches(self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None) -> Iterator[Tensor]:
+        """Images (B, ...) on the device for each (start, stop), one batch after the other; files are decoded ahead.
+
+        Args:
+            bounds: of each batch.
+            order: int64 on the CPU, of the positions that `bounds` are about; None: as they are, then without a copy.
+        """
+        if isinstance(self.images, FileImages):
+            yield from self.images.batches(bounds, order)
+            return
+        order = None if order is None else order.to(self.images.device)
+        for start, stop in bounds:
+            yield self.images[start:stop] if order is None else self.images[order[start:stop]]
 
 
 def data_root(configured: str | Path | None = None) -> Path:
@@ -116,6 +91,7 @@ def load_splits(
     split_seed: int,
     device: torch.device | str,
     splits: Sequence[Split] = tuple(Split),
+    decoders: Decoders | None = None,
 ) -> dict[Split, Samples]:
     """Load, check and move the splits of a dataset.
 
@@ -126,6 +102,7 @@ def load_splits(
             dataset that has its own validation split uses that instead.
         splits: which ones are wanted.
         split_seed: decides which samples are held out: the same for every arm and seed of a comparison.
+        decoders: who reads image files; None: this process, when they are asked for.
 
     Returns:
         Of those wanted: `TRAIN`, `VAL` unless `validation` is 0, and `TEST` where the dataset declares it.
@@ -142,24 +119,25 @@ def load_splits(
     if validation and Split.VAL in splits and Split.VAL not in declared:
         needed.add(Split.TRAIN)
     parts = {split: load_dataset(plugin, split, root, options) for split in Split if split in needed}
-    return checked_splits(name, parts, tasks, validation, split_seed, device, splits)
+    return checked_splits(name, parts, tasks, validation, split_seed, device, splits, decoders)
 
 
 def checked_splits(
     name: str,
-    parts: Mapping[Split, ArrayDataset],
+    parts: Mapping[Split, Dataset],
     tasks: Sequence[Task],
     validation: int | float,
     split_seed: int,
     device: torch.device | str,
     splits: Sequence[Split] = tuple(Split),
+    decoders: Decoders | None = None,
 ) -> dict[Split, Samples]:
     """What `load_splits` makes of a dataset's splits: validation carved from training where there is none, checked, moved."""
     parts = dict(parts)
     if validation and Split.TRAIN in parts and Split.VAL not in parts:
         _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, "cpu")  # whole, so that positions are the plugin's own
         parts[Split.TRAIN], parts[Split.VAL] = _carve(name, parts[Split.TRAIN], validation, split_seed)
-    samples = {split: _check(name, split, parts[split], tasks, device) for split in splits if split in parts}
+    samples = {split: _check(name, split, parts[split], tasks, device, decoders) for split in splits if split in parts}
     described = {split: (part.shape, part.images.dtype) for split, part in samples.items()}
     if len(set(described.values())) > 1:
         found = ", ".join(f"{split} {shape} {dtype}" for split, (shape, dtype) in described.items())
@@ -167,7 +145,7 @@ def checked_splits(
     return samples
 
 
-def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | None) -> ArrayDataset:
+def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | None) -> Dataset:
     """One split as the plugin gives it.
 
     Raises:
@@ -181,15 +159,15 @@ def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | No
         raise PluginError(f"{split} split: {error}") from error
     except MTLError as error:
         raise DataError(f"dataset {plugin.name!r}, {split} split: {error}") from error
-    if not isinstance(data, ArrayDataset):
+    if not isinstance(data, Dataset):
         raise PluginError(
-            f"{plugin} must give an mtl.ArrayDataset for the {split} split; found {type(data).__name__}; a dataset without "
-            "that split leaves it out of register_dataset(..., splits=(...))"
+            f"{plugin} must give an mtl.ArrayDataset or mtl.ImageFiles for the {split} split; found "
+            f"{type(data).__name__}; a dataset without that split leaves it out of register_dataset(..., splits=(...))"
         )
     return data
 
 
-def _carve(name: str, train: ArrayDataset, validation: int | float, seed: int) -> tuple[ArrayDataset, ArrayDataset]:
+def _carve(name: str, train: Dataset, validation: int | float, seed: int) -> tuple[Dataset, Dataset]:
     total = len(train)
     count = validation if isinstance(validation, int) else round(validation * total)
     if not 0 < count <= total - 2:
@@ -202,7 +180,14 @@ def _carve(name: str, train: ArrayDataset, validation: int | float, seed: int) -
     return train.subset(kept), train.subset(held_out)
 
 
-def _check(name: str, split: Split, data: ArrayDataset, tasks: Sequence[Task], device: torch.device | str) -> Samples:
+def _check(
+    name: str,
+    split: Split,
+    data: Dataset,
+    tasks: Sequence[Task],
+    device: torch.device | str,
+    decoders: Decoders | None = None,
+) -> Samples:
     where = f"dataset {name!r}, {split} split"
     if len(data) < (2 if split is Split.TRAIN else 1):
         raise DataError(f"{where}: {len(data)} images; there must be some" + (" (two to train)" if len(data) else ""))
@@ -225,7 +210,7 @@ def _check(name: str, split: Split, data: ArrayDataset, tasks: Sequence[Task], d
         valid[task.name] = None if seen.all() else seen.to(device)
         labelled[task.name] = int(seen.sum())
         shares[task.name] = labelled[task.name] / seen.numel()
-    return Samples(name, data.images.to(device), targets, valid, labelled, shares)
+    return Samples(name, data.placed(device, decoders), targets, valid, labelled, shares)
 
 
 def fit_heads(tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Task]:
@@ -244,46 +229,3 @@ def fit_heads(tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Ta
         except DataError as error:
             raise DataError(f"dataset {task.dataset!r}, train split, task {task.name!r}: {error}") from error
     return fitted
-
-
-def _images(images: Any) -> Tensor:
-    if isinstance(images, Sequence):
-        shapes = [tuple(np.shape(image)) for image in images]
-        for i, shape in enumerate(shapes):
-            if shape != shapes[0]:
-                raise DataError(
-                    f"images differ in shape: image 0 is {shapes[0]}, image {i} is {shape}; resize or crop them to one shape"
-                )
-        images = np.stack([np.asarray(image) for image in images]) if shapes else np.empty((0, 1), np.uint8)
-    x = _tensor(images, "images")
-    if x.ndim == 3:
-        x = x[:, None]
-    if x.ndim not in (2, 4):
-        raise DataError(f"images must be (N, C, H, W), (N, H, W) or (N, D); found shape {tuple(x.shape)}")
-    if not (x.dtype == torch.uint8 or x.is_floating_point()):
-        raise DataError(f"images must be uint8 or floating point; found {x.dtype}; convert them with .astype('uint8')")
-    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] > 4 and x.shape[2] > 4:
-        raise DataError(f"images look like (N, H, W, C), shape {tuple(x.shape)}; give (N, C, H, W), as torch has it")
-    if x.is_floating_point() and not bool(x.isfinite().all()):
-        first = int((~x.flatten(1).isfinite()).any(1).nonzero()[0])
-        raise DataError(f"image {first} holds a value that is not finite; remove or repair it")
-    return x
-
-
-def _writable(value: Any) -> NDArray[Any]:
-    array = np.ascontiguousarray(value)
-    return array if array.flags.writeable else array.copy()  # torch shares memory, and warns where it must not write
-
-
-def _tensor(value: Any, what: str) -> Tensor:
-    if not isinstance(value, Tensor) and np.asarray(value).dtype.kind in "USO":
-        raise DataError(f"{what} must be numbers; found {np.asarray(value).dtype}; give each name its number, 0 to C-1")
-    try:
-        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_writable(value))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{what} cannot be made a tensor: {error}") from error
-    if tensor.is_complex():
-        raise DataError(f"{what} must be real numbers; found {tensor.dtype}")
-    if tensor.dtype == torch.float64:
-        return tensor.float()
-    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor  # torch computes in neither

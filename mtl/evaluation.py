@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.batches import Batch, in_order
+from mtl.batches import Batch, first, in_order
 from mtl.data import Samples
 from mtl.errors import DataError, MTLError, PluginError
 from mtl.metrics import Meter
@@ -97,7 +97,7 @@ def try_tasks(
         MTLError: one of them fails; with the task's name and what it raised.
     """
     for name, part in samples.items():
-        batch = next(in_order(part, 2))
+        batch = first(part, 2)
         model.eval()
         with autocast():
             outputs = model({name: batch.images}).outputs

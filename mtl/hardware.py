@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,11 +28,45 @@ def computes_in_bf16(device: torch.device) -> bool:
             return False
 
 
+def usable_cores() -> int:
+    """How many cores this process may use, which on a shared machine may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def device_name(device: torch.device) -> str:
     """The product name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+"""Keys of glibc's mallopt, from malloc.h."""
+KEEP = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
+USUAL = ((M_MMAP_MAX, 65536), (M_TRIM_THRESHOLD, 2**26), (M_TOP_PAD, 2**17), (M_MMAP_THRESHOLD, 2**25))
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Keep freed memory within the process while a block runs; give it back afterwards.
+
+    glibc returns every large tensor's pages to the system when it is freed and has the next one faulted in anew, page by page,
+    zeroed: a fifth to a third of a training step on two cores, measured. It adapts its threshold by itself up to 32 MB; what it
+    adapted to cannot be asked for, so afterwards it is at that end (`USUAL`). Does nothing where there is no mallopt, as on
+    macOS and musl. The setting is the process's: other threads are subject to it while the block runs.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    for key, value in KEEP:
+        libc.mallopt(key, value)
+    try:
+        yield
+    finally:
+        for key, value in USUAL:
+            libc.mallopt(key, value)
+        libc.malloc_trim(0)
 
 
 def _cpuinfo(key: str) -> str:

@@ -7,6 +7,7 @@ dataset is standardised is part of the model (`inputs.<dataset>.mean`), so weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -224,6 +225,26 @@ class MultiTaskModel(nn.Module):
             return x
         return self.execution.run([self.towers[task.name] for task in tasks], self.segments(), x)
 
+    def towers_and_inputs(self, images: Mapping[str, Tensor]) -> tuple[list[nn.Module], list[Segment], list[Tensor]]:
+        """What an execution is given for these images (dataset name -> (B_d, ...)): towers, segments, a tensor per tower."""
+        given: list[tuple[list[nn.Module], list[Segment], list[Tensor]]] = []
+
+        class Noted(Execution):
+            def run(self, towers: Sequence[nn.Module], segments: Sequence[Segment], inputs: Sequence[Tensor]) -> list[Tensor]:
+                given.append((list(towers), list(segments), list(inputs)))
+                return OneByOne().run(towers, segments, inputs)
+
+        was_training, execution = self.training, self.execution
+        self.eval()
+        self.execution = Noted()
+        try:
+            with torch.no_grad():
+                self.features(images)
+        finally:
+            self.execution = execution
+            self.train(was_training)
+        return given[0]
+
     def segments(self) -> list[Segment]:
         """What the towers run, from exchange to exchange."""
         found, first = [], self.shared_stages
@@ -293,6 +314,11 @@ class MultiTaskModel(nn.Module):
     def exchange(self) -> dict[str, ExchangeUnit]:
         """Layer point -> its exchange unit, in execution order."""
         return {self.stages[i].point: self.units[key] for i, key in self._unit_after.items()}  # type: ignore[misc]
+
+    def exchanged_products(self) -> int:
+        """Multiply-adds of all exchange units on one sample, if each mixes T features channel by channel."""
+        shapes = {point.name: point.shape for point in self.points}
+        return sum(len(self.tasks) ** 2 * math.prod(shapes[name]) for name in self.exchange())
 
     def parameter_count(self) -> int:
         """Trainable numbers, exchange units included."""

@@ -23,10 +23,10 @@ from mtl.checkpoint import load_weights, read_description
 from mtl.choices import choose, choose_sharing
 from mtl.classification import Classification
 from mtl.config import read_tree
-from mtl.data import ArrayDataset
+from mtl.datasets import ArrayDataset
 from mtl.errors import ConfigError, DataError, MTLError, PluginError, RunError, unknown
 from mtl.heads import DataclassHead, Head
-from mtl.images import SUFFIXES, read_image, resized
+from mtl.images import SUFFIXES, read_image
 from mtl.model import MultiTaskModel
 from mtl.multilabel import MultiLabel
 from mtl.ordinal import Ordinal
@@ -287,12 +287,12 @@ def _batches(
             continue
         assert source.path is not None
         try:
-            image = read_image(Path(source.path), run.shape[0])
+            image = read_image(source.path, run.shape[0], (run.shape[1], run.shape[2]))
         except DataError as error:
             failed.append({"path": source.path, "reason": str(error)})
             continue
         rows.append({"path": source.path})
-        parts.append(resized(image, (run.shape[1], run.shape[2])))
+        parts.append(image)
         if len(parts) == batch_size:
             yield rows, torch.stack(parts)
             rows, parts = [], []

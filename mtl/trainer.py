@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +28,16 @@ from mtl.batches import Batch, Feed, Step
 from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
+from mtl.decoding import Decoders
 from mtl.errors import RunError
 from mtl.evaluation import TaskFigures, evaluate, mean_score, summed_loss
+from mtl.files import FileImages
+from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, Outputs
 from mtl.optim import L2, lay_out_gradients
 from mtl.progress import Progress
 from mtl.seeding import seeded
+from mtl.standardize import Standardize
 from mtl.tracking import Rows, Tracker, draw_coupling
 
 PICTURES = 20
@@ -57,6 +61,11 @@ class Run:
     tracker: Tracker
     rows: Rows
     progress: Progress
+    decoders: Decoders
+    notes: list[str] = field(default_factory=list)
+    """What is said when the run begins: which rule decided what, and why."""
+    warm_up_seconds: float = 0.0
+    """Spent on compiling before the first step."""
     shared_parameters: list[nn.Parameter] = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
     weights: Tensor = field(init=False)
@@ -66,6 +75,11 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.weights = torch.tensor([task.weight for task in self.model.tasks], device=device)
+
+    def close(self) -> None:
+        """End what runs beside the training: the processes that decode, and the writer of logs."""
+        self.decoders.close()
+        self.tracker.close()
 
 
 @dataclass
@@ -90,6 +104,7 @@ class RunResult:
     best_epoch: int
     seconds: float
     images_per_second: float
+    warm_up_seconds: float
     parameters: int
     parameters_frozen: int
     val: dict[str, Any] | None
@@ -183,10 +198,13 @@ def fit(run: Run) -> RunResult:
         RunError: a loss is no longer finite; weights of the epochs before stay on disk, as they do after Ctrl-C.
     """
     config, state, started = run.config, State(), time.monotonic()
-    with run.progress, closing(run.tracker), seeded(config.seed, "training"):
-        run.progress.line(opening_line(run))
+    with run.progress, closing(run), seeded(config.seed, "training"), memory_kept():
+        for line in [opening_line(run), *run.notes]:
+            run.progress.line(line)
         for task, start in config.init_from.items():
             run.progress.line(f"{task} starts from {start.task or task} of {start.path} ({start.weights}, {start.digest})")
+        for line in file_lines(run):
+            run.progress.line(line)
         log_exchange(run, state.steps, pictures=True)
         try:
             while not finished(run, state):
@@ -202,6 +220,7 @@ def fit(run: Run) -> RunResult:
         best_epoch=state.best_epoch,
         seconds=round(time.monotonic() - started, 3),
         images_per_second=round(state.images / state.training_seconds, 1),
+        warm_up_seconds=round(run.warm_up_seconds, 3),
         parameters=run.model.parameter_count(),
         parameters_frozen=sum(p.numel() for p in run.model.parameters() if not p.requires_grad),
         val=state.best,
@@ -369,6 +388,17 @@ def opening_line(run: Run) -> str:
         f"{config.sharing.kind}: {len(model.tasks)} tasks, {model.parameter_count():,} parameters, {count:,} training images, "
         f"{config.device} {config.precision}, seed {config.seed}, {run.directory}"
     )
+
+
+def file_lines(run: Run) -> Iterator[str]:
+    """Of each dataset of image files: who decodes them, and how many its mean and deviation are from."""
+    for name, part in run.samples[Split.TRAIN].items():
+        if isinstance(part.images, FileImages):
+            standardize = run.model.inputs[name]
+            assert isinstance(standardize, Standardize)
+            some = f"; mean and deviation are those of {n:,} of them" if 0 < (n := standardize.fitted_on) < len(part) else ""
+            workers = f"{run.decoders.workers} processes" if run.decoders.workers else "the training process"
+            yield f"{name}: {len(part):,} training images are files, decoded by {workers}{some}"
 
 
 def summary_line(run: Run, epoch: int, trained: Trained, figures: Mapping[str, TaskFigures], score: float | None) -> str:

@@ -20,6 +20,9 @@ class ExchangeUnit(nn.Module, ABC):
     of one sample's feature there, (C, H, W) or (C,), and returns one of these.
     """
 
+    compiled: bool = False
+    """Set on a unit when a run wants its arithmetic compiled (`compile: units`); one that has no compiled form ignores it."""
+
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """T tensors (B, C, H, W) or (B, C) -> T tensors of the same shape. Out of place: the inputs may be needed."""

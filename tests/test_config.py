@@ -484,10 +484,11 @@ def test_options_change_only_on_purpose() -> None:
     assert keys(mtl.RunConfig) == [
         "tasks", "backbone", "sharing", "balancer", "init_from",
         "data.root", "data.validation", "data.split_seed", "data.standardize", "data.augment.crop", "data.augment.flip",
-        "data.datasets",
+        "data.workers", "data.datasets",
         "optim.name", "optim.lr", "optim.momentum", "optim.l2", "optim.weight_decay", "optim.schedule", "optim.warmup_epochs",
         "optim.clip_norm", "optim.freeze", "optim.accumulate",
-        "epochs", "max_steps", "batch_size", "patience", "precision", "device", "seed",
+        "epochs", "max_steps", "batch_size", "patience", "precision", "execution",
+        "compile", "device", "seed",
     ]  # fmt: skip
     assert keys(mtl.CrossStitch) == [
         "kind", "points", "lr_multiplier", "granularity", "init.same", "init.cross", "dense_limit_gib",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 from test_layers import RANK
 
 import mtl
@@ -40,8 +41,13 @@ def test_paths_in_the_readme_exist() -> None:
 
 def test_the_python_snippets_run(in_tmp: Path) -> None:
     """The first as a program, the others beside it as the plugins they show; what they register trains together."""
-    program, heads, plugins, predicting = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program, pictures, heads, plugins, predicting = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     Path("snippet.py").write_text(program)
+    Path("pictures.py").write_text(pictures)
+    for i in range(24):
+        file = Path("data", "fruit", ("apple", "pear", "unsorted")[i % 3], f"{i}.{'png' if i % 4 else 'jpg'}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + i, 30), (200 - 70 * (i % 3), 90, 40)).save(file)
     Path("heads.py").write_text(heads)
     Path("plugins.py").write_text(plugins)
     Path("config.yaml").write_text(
@@ -57,11 +63,22 @@ def test_the_python_snippets_run(in_tmp: Path) -> None:
     changed = [*command, "backbone=plain_net", "sharing={kind: cross_stitch, points: ['0']}", "--run-dir", "two"]
     trained = subprocess.run(changed, capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
-    assert sorted(path.name for path in in_tmp.iterdir() if path.is_dir()) == ["one", "two"]
+    assert sorted(path.name for path in in_tmp.iterdir() if path.is_dir()) == ["data", "one", "two"]
     checked = subprocess.run(
         [sys.executable, "-m", "mtl", "check-plugin", "digits_own", *files], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stdout
+    of_files = [
+        "tasks=[fruit_kind]",
+        "backbone=small_cnn",
+        "sharing=unshared",
+        "data.workers=1",
+        "data.root=data",
+        "--plugin",
+        "pictures.py",
+    ]
+    trained = subprocess.run([*command, *of_files, "--run-dir", "three"], capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
     done = subprocess.run([sys.executable, "-W", "error", "snippet.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     score, run_dir = done.stdout.split()

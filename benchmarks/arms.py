@@ -1,0 +1,493 @@
+"""What `benchmarks.throughput` compares: this framework, a plain PyTorch loop, LibMTL, and the machine itself.
+
+Every arm runs in a process of its own and takes its turn when told to, so that none runs under another's allocator, threads
+or autocast, and each has a peak of memory of its own. All train the same towers (`Workload`) on the same random images, whose
+values do not matter to the time a step takes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain, islice, repeat
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import mtl
+from mtl.batches import in_order
+from mtl.build import run
+from mtl.config import RunConfig
+from mtl.hardware import device_name, memory_kept
+from mtl.registry import BACKBONES
+from mtl.trainer import Run, train_step
+
+CLASSES = 10
+SETTLE = 4
+"""Steps at the begin of every turn that are not timed: caches warm up, and what a loader fetched ahead is used up."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Towers and batches. `blocks` are the modules of a tower between its exchanges."""
+
+    name: str
+    backbone: str
+    shape: tuple[int, int, int]
+    batch: int
+    points: tuple[str, ...]
+    blocks: tuple[tuple[str, ...], ...]
+
+    @property
+    def samples(self) -> int:
+        """Enough for a few steps an epoch."""
+        return 12 * self.batch
+
+
+RESNET = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4", "avgpool"))
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("small_cnn 28x28 b128", "small_cnn", (1, 28, 28), 128, ("pool1", "pool2", "fc3"),
+                 (("pool1",), ("pool2",), ("fc3",), ("dropout",))),
+        Workload("resnet18 64x64 b32", "resnet18", (3, 64, 64), 32, ("layer1", "layer2", "layer3"), RESNET),
+        Workload("resnet18 64x64 b128", "resnet18", (3, 64, 64), 128, ("layer1", "layer2", "layer3"), RESNET),
+        Workload("resnet50 224x224 b16", "resnet50", (3, 224, 224), 16, ("layer1", "layer2", "layer3"), RESNET),
+    )
+}  # fmt: skip
+
+
+class NoiseOptions(mtl.Options):
+    """How many images of which shape."""
+
+    shape: tuple[int, int, int]
+    samples: int
+    tasks: int
+
+
+def noise(shape: tuple[int, int, int], samples: int, tasks: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (N, C, H, W) and a class per image and task (N, T)."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (samples, *shape), dtype=np.uint8)
+    return images, np.stack([random.permutation(np.arange(samples) % CLASSES) for _ in range(tasks)], axis=1)
+
+
+@mtl.register_dataset("noise", options=NoiseOptions)
+def noise_dataset(split: mtl.Split, root: Path, options: NoiseOptions) -> mtl.ArrayDataset:
+    """Random images, the same for both splits."""
+    images, labels = noise(options.shape, options.samples, options.tasks)
+    return mtl.ArrayDataset(images, {f"label{t}": labels[:, t] for t in range(options.tasks)})
+
+
+def register_noise_task(t: int) -> None:
+    """The task `noise<t>`: ten classes."""
+    mtl.register_task(f"noise{t}")(lambda: mtl.Task("noise", f"label{t}", mtl.Classification([str(c) for c in range(CLASSES)])))
+
+
+for _t in range(64):
+    register_noise_task(_t)
+
+
+class Arm(ABC):
+    """Something that trains and infers, step by step, on demand."""
+
+    precision = "fp32"
+
+    @abstractmethod
+    def __init__(self, workload: Workload, tasks: int, **keys: Any) -> None: ...
+
+    @abstractmethod
+    def train(self, steps: int) -> None:
+        """Take this many optimizer steps, and wait until they are done."""
+
+    @abstractmethod
+    def infer(self, steps: int) -> None:
+        """Predict this many batches, and wait until they are done."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of its figures should know."""
+        return {"precision": self.precision}
+
+
+class Ours(Arm):
+    """The framework as `mtl train` runs it: the same feed, the same `train_step`."""
+
+    def __init__(self, workload: Workload, tasks: int, **keys: Any) -> None:
+        sharing = keys.pop("sharing", "cross_stitch")
+        exchange = {"points": list(workload.points)} if sharing == "cross_stitch" else {}
+        config = RunConfig(
+            **{
+                "tasks": [f"noise{t}" for t in range(tasks)],
+                "backbone": workload.backbone,
+                "sharing": {"kind": sharing, **exchange},
+                "batch_size": workload.batch,
+                "epochs": 10_000,  # rules take it for a long run
+                "data": {
+                    "validation": 0,
+                    "datasets": {"noise": {"shape": workload.shape, "samples": workload.samples, "tasks": tasks}},
+                },
+                **keys,
+            }
+        )
+        self._exit = ExitStack()
+        folder = self._exit.enter_context(tempfile.TemporaryDirectory())
+        self._exit.enter_context(memory_kept())
+        self.run: Run = run(config, Path(folder) / "run")
+        self.precision = self.run.config.precision
+        self._steps = chain.from_iterable(self.run.feed.epoch(epoch) for epoch in range(1, sys.maxsize))
+
+    def train(self, steps: int) -> None:
+        """`train_step` over the feed."""
+        self.run.model.train()
+        sums = torch.zeros(())
+        for step in islice(self._steps, steps):
+            sums = train_step(self.run, step)
+        sums.tolist()
+
+    @torch.no_grad()
+    def infer(self, steps: int) -> None:
+        """Forward and decisions, as in evaluation."""
+        self.run.model.eval()
+        (part,) = self.run.samples[mtl.Split.TRAIN].values()
+        batches = chain.from_iterable(in_order(part, self.run.config.batch_size) for _ in repeat(None))
+        for batch in islice(batches, steps):
+            with self.run.autocast():
+                outputs = self.run.model({part.dataset: batch.images}).outputs
+            decisions = [task.head.predictions(outputs[task.name]) for task in self.run.model.tasks]
+        decisions[0].tolist()
+
+    def describe(self) -> dict[str, Any]:
+        """With the work of a step: FLOPs (2 per multiply-add), and the bytes that must move whatever the program.
+
+        Bytes: every trained number is read with its gradient and Adam's two moments, and written with the moments and its
+        gradient (32 B); every output of a convolution or fully connected layer is written once and read once each way.
+        """
+        outputs = 0
+
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal outputs
+            outputs += output.numel() * output.element_size()
+
+        hooks = [m.register_forward_hook(note) for m in self.run.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self.run.model.train()
+        with FlopCounterMode(display=False) as counter:
+            train_step(self.run, next(self._steps))
+        for hook in hooks:
+            hook.remove()
+        parameters = self.run.model.parameter_count()
+        config = self.run.config
+        keys = {key: getattr(config, key) for key in ("device", "execution", "compile") if hasattr(config, key)}
+        return {
+            "precision": self.precision,
+            **keys,
+            "parameters": parameters,
+            "flops_per_step": counter.get_total_flops(),
+            "bytes_per_step": 32 * parameters + 4 * outputs,
+        }
+
+
+class PilImages(Dataset[tuple[Tensor, Any]]):
+    """What a peer's `DataLoader` reads: one image at a time through torchvision's transforms, as its datasets do."""
+
+    def __init__(self, workload: Workload, tasks: int, names: list[str]) -> None:
+        from torchvision.transforms import v2
+
+        self.images, self.labels = noise(workload.shape, workload.samples, tasks)
+        self.names = names
+        channels = workload.shape[0]
+        self.transform = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * channels, [0.25] * channels)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        from PIL import Image
+
+        pixels = self.images[i].transpose(1, 2, 0)
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        return self.transform(image), {name: int(self.labels[i, t]) for t, name in enumerate(self.names)}
+
+
+def loader(workload: Workload, tasks: int, names: list[str], shuffle: bool, workers: int) -> DataLoader[Any]:
+    """The loader both peers are given."""
+    data = PilImages(workload, tasks, names)
+    return DataLoader(
+        data, workload.batch, shuffle=shuffle, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu()
+    )
+
+
+def on_gpu() -> bool:
+    """Whether arms run on a GPU."""
+    return torch.cuda.is_available()
+
+
+def tower(workload: Workload) -> nn.Module:
+    """A network as the framework's own arm has it."""
+    made = BACKBONES.get(workload.backbone)
+    options = made.options() if made.options is not None else None
+    return made.create(workload.shape, options=options).network  # type: ignore[no-any-return]
+
+
+class PlainLoop(Arm):
+    """The loop that a good engineer writes in an afternoon: a list of towers, one alpha per channel, a Python sum."""
+
+    def __init__(self, workload: Workload, tasks: int, workers: int, exchange: bool = True) -> None:
+        self.device = torch.device("cuda" if on_gpu() else "cpu")
+        self.names = [f"task{t}" for t in range(tasks)]
+        self.model = PlainStitched(workload, tasks, exchange).to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.loss = nn.CrossEntropyLoss()
+        self.training = epochs(loader(workload, tasks, self.names, True, workers))
+        self.testing = epochs(loader(workload, tasks, self.names, False, workers))
+        self.running = 0.0
+
+    def train(self, steps: int) -> None:
+        """Forward, sum of losses, backward, Adam."""
+        self.model.train()
+        for x, y in islice(self.training, steps):
+            x = x.to(self.device, non_blocking=True)
+            outputs = self.model(x)
+            losses = [self.loss(o, y[n].to(self.device)) for o, n in zip(outputs, self.names, strict=True)]
+            loss = sum(losses[1:], losses[0])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.running += loss.item()
+
+    @torch.no_grad()
+    def infer(self, steps: int) -> None:
+        """Forward and argmax."""
+        self.model.eval()
+        for x, _ in islice(self.testing, steps):
+            for output in self.model(x.to(self.device, non_blocking=True)):
+                output.argmax(1).tolist()
+
+
+class PlainStitched(nn.Module):
+    """T towers in blocks; after each block but the last x~_t = sum_s alpha[t, s] x_s per channel."""
+
+    def __init__(self, workload: Workload, tasks: int, exchange: bool) -> None:
+        super().__init__()
+        towers = [tower(workload) for _ in range(tasks)]
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(*(getattr(one, name) for name in block)) for one in towers) for block in workload.blocks
+        )
+        channels, x = [], torch.zeros(2, *workload.shape)
+        with torch.no_grad():
+            for block in self.blocks:
+                x = block[0](x)  # type: ignore[index]
+                channels.append(x.shape[1])
+        start = torch.eye(tasks)[:, :, None]
+        stitches = channels[:-1] if exchange else []
+        self.alphas = nn.ParameterList(nn.Parameter(start.repeat(1, 1, c)) for c in stitches)
+        self.heads = nn.ModuleList(nn.Linear(channels[-1], CLASSES) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) -> T logits (B, classes)."""
+        features = [x] * len(self.heads)
+        for i, block in enumerate(self.blocks):
+            features = [block[t](f) for t, f in enumerate(features)]  # type: ignore[index]
+            if i < len(self.alphas):
+                alpha = self.alphas[i].view(*self.alphas[i].shape, *[1] * (features[0].ndim - 2))
+                features = [sum(a * f for a, f in zip(row, features, strict=True)) for row in alpha]
+        return [head(f.flatten(1)) for head, f in zip(self.heads, features, strict=True)]
+
+
+def epochs(batches: DataLoader[Any]) -> Iterator[Any]:
+    """A loader's batches, epoch after epoch."""
+    while True:
+        yield from batches
+
+
+class LibMTL(Arm):
+    """LibMTL's trainer with its cross-stitch architecture on the same towers; the loop body is that of its `train_singlelevel`.
+
+    Its cross-stitch knows ResNets by their attribute names, so a tower shows its blocks under these. Its trainer names a CUDA
+    device, which is replaced by the one there is.
+    """
+
+    def __init__(self, workload: Workload, tasks: int, workers: int, checkout: str) -> None:
+        sys.path.insert(0, checkout)
+        for name in (
+            "torch_geometric",
+            "qpsolvers",
+            "cvxpy",
+        ):  # imported for graphs and for other weightings, never called here
+            if find_spec(name) is None:
+                sys.modules[name] = MagicMock()
+        from LibMTL import Trainer  # type: ignore[import-not-found]
+        from LibMTL.loss import CELoss  # type: ignore[import-not-found]
+        from LibMTL.metrics import AccMetric  # type: ignore[import-not-found]
+
+        device = torch.device("cuda" if on_gpu() else "cpu")
+        names = [f"task{t}" for t in range(tasks)]
+        task = {name: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]} for name in names}
+
+        class Here(Trainer):  # type: ignore[misc]
+            device = property(lambda self: device, lambda self, value: None)
+
+        width = {"small_cnn": 1024, "resnet18": 512, "resnet50": 2048}[workload.backbone]
+        self.trainer = Here(
+            task_dict=task,
+            weighting="EW",
+            architecture="Cross_stitch",
+            encoder_class=lambda: AsResNet(workload),
+            decoders=nn.ModuleDict({name: nn.Sequential(nn.Flatten(), nn.Linear(width, CLASSES)) for name in names}),
+            rep_grad=False,
+            multi_input=False,
+            optim_param={"optim": "adam", "lr": 1e-3},
+            scheduler_param=None,
+            weight_args={},
+            arch_args={},
+        )
+        self.training = self.trainer._prepare_dataloaders(loader(workload, tasks, names, True, workers))[0]
+        self.testing = self.trainer._prepare_dataloaders(loader(workload, tasks, names, False, workers))[0]
+        model = self.trainer.model
+        model.train_loss_buffer, model.epoch, model.epochs = np.zeros([tasks, 1]), 0, 1
+
+    def train(self, steps: int) -> None:
+        """Its own methods in its own order."""
+        trainer = self.trainer
+        trainer.model.train()
+        for _ in range(steps):
+            x, y = trainer._process_data(self.training)
+            losses, outputs = trainer.forward4loss(trainer.model, x, y, return_preds=True)
+            trainer.meter.update(outputs, y)
+            trainer.optimizer.zero_grad(set_to_none=False)
+            trainer.model.backward(torch.stack([losses]).squeeze(0))
+            trainer.optimizer.step()
+
+    @torch.no_grad()
+    def infer(self, steps: int) -> None:
+        """As its `test` does, the loss left out."""
+        trainer = self.trainer
+        trainer.model.eval()
+        for _ in range(steps):
+            x, y = trainer._process_data(self.testing)
+            trainer.meter.update(trainer.process_preds(trainer.model(x)), y)
+
+
+class AsResNet(nn.Module):
+    """A tower's blocks under the names that LibMTL's cross-stitch looks for."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        network = tower(workload)
+        first, *rest = ([getattr(network, name) for name in block] for block in workload.blocks)
+        stem = first[:-1] if len(first) > 1 else []
+        for name, module in zip(("conv1", "bn1", "relu", "maxpool"), [*stem, *[nn.Identity()] * 4], strict=False):
+            setattr(self, name, module)
+        self.layer1 = first[-1]
+        self.layer2, self.layer3, self.layer4 = (nn.Sequential(*block) for block in rest)
+
+
+class Machine:
+    """What the hardware gives: the rate of a large matrix product in each precision, and of copying memory."""
+
+    def __init__(self) -> None:
+        device = "cuda" if on_gpu() else "cpu"
+        side = 8192 if on_gpu() else 1536
+        self.factors = {
+            name: [torch.randn(side, side, device=device, dtype=dtype) for _ in range(2)]
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        }
+        self.block = torch.zeros(2**28 if on_gpu() else 2**25, device=device)
+        self.target = torch.empty_like(self.block)
+
+    def measure(self) -> dict[str, float]:
+        """FLOP/s per precision, and bytes read and written per second."""
+        found = {}
+        for name, (a, b) in self.factors.items():
+            found[name] = 2 * len(a) ** 3 / best_of(5, lambda a=a, b=b: a @ b)
+        found["copy"] = 2 * self.block.numel() * 4 / best_of(5, lambda: self.target.copy_(self.block))
+        return found
+
+
+def best_of(n: int, call: Any) -> float:
+    """The median of n timings, seconds, after one that is not counted."""
+    taken = []
+    for _ in range(n + 1):
+        started = time.perf_counter()
+        call()
+        if on_gpu():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to."""
+    import torchvision
+
+    return {
+        "device": device_name(torch.device("cuda" if on_gpu() else "cpu")),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "mtl": version("crosstitch"),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else the largest resident size that this process had."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve(pipe: Connection, kind: str, workload: str, tasks: int, keys: dict[str, Any]) -> None:
+    """The life of an arm's process: build, then do what the pipe says. Answers are ("ok", value) or ("error", text)."""
+    sys.stdout = sys.stderr  # LibMTL prints; standard output is for the table
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    import_module("torch._inductor.compile_fx")  # the compiler's code counts for no arm, as that of other libraries does not
+
+    before = peak_memory()
+    try:
+        arm: Any = Machine() if kind == "machine" else KINDS[kind](WORKLOADS[workload], tasks, **keys)
+        pipe.send(("ok", None))
+        while True:
+            word, *arguments = pipe.recv()
+            if word == "end":
+                break
+            if word in ("train", "infer"):
+                steps = arguments[0]
+                work = getattr(arm, word)
+                work(min(SETTLE, steps))
+                started = time.perf_counter()
+                work(steps)
+                pipe.send(("ok", (time.perf_counter() - started) / steps))
+            elif word == "memory":
+                pipe.send(("ok", peak_memory() - before))
+            elif word == "environment":
+                pipe.send(("ok", environment()))
+            else:
+                pipe.send(("ok", getattr(arm, word)()))
+    except EOFError:
+        pass  # the parent is gone
+    except Exception as error:  # whatever it is, the parent has to know
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+KINDS: dict[str, type[Arm]] = {"ours": Ours, "plain": PlainLoop, "libmtl": LibMTL}
