@@ -418,12 +418,12 @@ class Machine:
         """FLOP/s per precision, and bytes read and written per second."""
         found = {}
         for name, (a, b) in self.factors.items():
-            found[name] = 2 * len(a) ** 3 / best_of(5, lambda a=a, b=b: a @ b)
-        found["copy"] = 2 * self.block.numel() * 4 / best_of(5, lambda: self.target.copy_(self.block))
+            found[name] = 2 * len(a) ** 3 / median_of(5, lambda a=a, b=b: a @ b)
+        found["copy"] = 2 * self.block.numel() * 4 / median_of(5, lambda: self.target.copy_(self.block))
         return found
 
 
-def best_of(n: int, call: Any) -> float:
+def median_of(n: int, call: Any) -> float:
     """The median of n timings, seconds, after one that is not counted."""
     taken = []
     for _ in range(n + 1):

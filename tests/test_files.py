@@ -111,7 +111,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def children(pid: int) -> set[int]:
     """Processes that decode, below `pid`: the one that forks and the workers."""
-    shown = subprocess.run(["ps", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(["ps", "-wweo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     found: set[int] = set()
     for _ in range(2):  # generations
         for line in shown.splitlines():
@@ -292,8 +292,10 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(folder: Path) -> None:
         batches = images.batches([(0, 60)] * 100_000)
         next(batches)
         assert decoders._process is not None
+        deadline = time.monotonic() + 60
         while len(workers := children(decoders._process.pid)) < 2:
             next(batches)
+            assert time.monotonic() < deadline
         os.kill(min(workers), signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(mtl.RunError, match=r"a process that decodes images ended \(signal SIGKILL\)"):
