@@ -4,7 +4,8 @@
 
 Asks first whether a network can be run so, as a run does, or why not; then compares outputs, every gradient and every buffer in
 training and in evaluation mode, in float64, dropout and stochastic depth off. Prints one row a network and, at the end, one a
-family. What is in FILE.json already is kept, and not computed again.
+family. What is in FILE.json already is kept, and not computed again. Networks that would need more memory than there is are
+left out, and said to be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.cutting import networks
+from benchmarks.throughput import available
 from mtl.backbones import Backbone
 from mtl.batchable import Gap, calm, gaps, reason_against
 from mtl.execution import Segment
@@ -27,6 +29,8 @@ from mtl.torchvision_backbones import FAMILIES, family_of
 
 RESULTS = Path(__file__).parent / "results"
 WHAT = ("outputs", "gradients", "buffers")
+BYTES = 54
+"""That a parameter of a network takes at the peak, all told: two towers in float64, their gradients, what runs them as one."""
 
 
 def compare(name: str, side: int = 64, batch: int = 4) -> dict[str, Any]:
@@ -41,8 +45,11 @@ def compare(name: str, side: int = 64, batch: int = 4) -> dict[str, Any]:
         "family": next(pattern for pattern, family in FAMILIES.items() if family is family_of(name)),
         "input": list(x.shape),
         "parameters": sum(p.numel() for p in towers[0].parameters()),
-        "reason": reason_against(towers, segments, [x, x]),
+        "reason": None,
     }
+    if BYTES * row["parameters"] > available():
+        return row | {"left_out": f"not tried, for it takes about {BYTES * row['parameters'] / 2**30:.0f} GiB of memory"}
+    row["reason"] = reason_against(towers, segments, [x, x])
     if row["reason"] is not None:
         return row
     for tower in towers:
@@ -61,7 +68,7 @@ def render() -> str:
     """The table of the recorded results."""
     recorded = json.loads((RESULTS / "batching.json").read_text())
     rows = recorded["rows"]
-    batched = [row for row in rows if row["reason"] is None]
+    batched = [row for row in rows if row["reason"] is None and "left_out" not in row]
     return (
         table(rows)
         + f"\n\nn = {len(rows)} networks, {len(batched)} of them run as one; two towers each, and the worst network of a line. "
@@ -70,21 +77,22 @@ def render() -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a family, and one more for each reason in it."""
-    lines = [
-        "| networks | n | as one | outputs | gradients | largest gradient | buffers |",
-        "|---|---:|---|---:|---:|---:|---:|",
-    ]
-    for family, reason in dict.fromkeys((row["family"], row["reason"]) for row in rows):
-        of = [row for row in rows if (row["family"], row["reason"]) == (family, reason)]
+    """One line a family, and one more for each reason in it: the largest difference, of the largest number of its kind."""
+    lines = ["| networks | n | as one | outputs | gradients | buffers |", "|---|---:|---|---:|---:|---:|"]
+    for family, why_not in dict.fromkeys((row["family"], _why_not(row)) for row in rows):
+        of = [row for row in rows if (row["family"], _why_not(row)) == (family, why_not)]
         names = f"| {', '.join(row['network'] for row in of)} | {len(of)} |"
-        if reason is not None:
-            lines.append(f"{names} no: {reason} | | | | |")
+        if why_not is not None:
+            lines.append(f"{names} {why_not} | | | |")
             continue
-        largest = max(row["gradients"][1] for row in of)
-        outputs, gradients, buffers = (f"{max(row[what][0] for row in of):.1g}" for what in WHAT)
-        lines.append(f"{names} yes | {outputs} | {gradients} | {largest:.2g} | {buffers} |")
+        worst = (max((row[what] for row in of), key=lambda gap: Gap(*gap).relative) for what in WHAT)
+        cells = " | ".join("0" if not difference else f"{difference:.0e} of {size:.1g}" for difference, size in worst)
+        lines.append(f"{names} yes | {cells} |")
     return "\n".join(lines)
+
+
+def _why_not(row: dict[str, Any]) -> str | None:
+    return row.get("left_out") or (f"no: {row['reason']}" if row["reason"] is not None else None)
 
 
 def main() -> None:
@@ -99,7 +107,7 @@ def main() -> None:
         if name in [row["network"] for row in rows]:
             continue
         row = compare(name)
-        print(f"{name}: {row['input']}", row["reason"] or {what: row[what] for what in WHAT}, flush=True)
+        print(f"{name}: {row['input']}", _why_not(row) or {what: row[what] for what in WHAT}, flush=True)
         rows.append(row)
         rows.sort(key=lambda row: (list(FAMILIES).index(row["family"]), row["parameters"]))
         if given.out:

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import batching, cutting, decoding, fast_path, three_epochs, throughput
+    from benchmarks import batching, batching_speed, cutting, decoding, fast_path, three_epochs, throughput
 
     text = (HERE / "README.template.md").read_text()
     tables = (
@@ -17,6 +17,7 @@ def page() -> str:
         ("@FAST_PATH@", fast_path.render),
         ("@CUTTING@", cutting.render),
         ("@BATCHING@", batching.render),
+        ("@BATCHING_SPEED@", batching_speed.render),
         ("@DECODING@", decoding.render),
         ("@THREE_EPOCHS@", three_epochs.render),
     )

@@ -58,9 +58,10 @@ def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _may_move(tensors: Sequence[Tensor]) -> bool:
+    """Plain leaves; but where all are in one storage, others are there with them, and they stay: the larger company wins."""
     if not all(t.is_leaf and type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors):
         return False
-    return tensors[0].numel() > 0 and len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    return tensors[0].numel() > 0 and len({t.untyped_storage().data_ptr() for t in tensors}) > 1
 
 
 def _move_together(tensors: Sequence[Tensor]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +27,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import mtl
 from mtl.backbones import SmallCNN
-from mtl.batchable import calm, reason_against
+from mtl.batchable import Gap, calm, reason_against
 from mtl.batched import Batched
 from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
@@ -37,6 +39,10 @@ from mtl.sharing import Sharing
 from mtl.stacking import apart
 from mtl.stages import cut, probe
 from mtl.standardize import Standardize
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import batching
+from benchmarks.cutting import networks
 
 Step = dict[str, list[Tensor]]
 
@@ -262,6 +268,13 @@ def test_random_layers_draw_apart_and_as_they_should() -> None:
         assert torch.equal(torch.cat(Batched().run(towers, [Segment((stage,))], [x] * 3), 1), x.expand(-1, 3))
 
 
+def test_dropout_of_an_input_that_towers_share_draws_apart() -> None:
+    towers = [nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1, bias=False)) for _ in range(2)]
+    [stage] = cut(towers[0], ())
+    a, b = Batched().run(towers, [Segment((stage,))], [torch.ones(200, 1)] * 2)
+    assert not torch.equal(a == 0, b == 0)
+
+
 def test_stochastic_depth_of_a_whole_batch_drops_towers_apart() -> None:
     towers = [nn.Sequential(nn.Linear(1, 1), ops.StochasticDepth(0.5, "batch")) for _ in range(2)]
     [stage] = cut(towers[0], ())
@@ -269,6 +282,19 @@ def test_stochastic_depth_of_a_whole_batch_drops_towers_apart() -> None:
     runs = [Batched().run(towers, [Segment((stage,))], [torch.ones(5, 1)] * 2) for _ in range(20)]
     dropped = {tuple(bool((y == 0).all()) for y in ys) for ys in runs}
     assert dropped == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_every_network_of_torchvision_is_on_record_and_exact() -> None:
+    recorded = json.loads((batching.RESULTS / "batching.json").read_text())["rows"]
+    assert sorted(row["network"] for row in recorded) == networks()
+    for row in recorded:
+        assert row["reason"] is None
+        if row["network"] in ("vit_h_14", "regnet_y_128gf"):  # need more memory than was at hand
+            continue
+        assert all(Gap(*row[what]).relative < 1e-9 for what in batching.WHAT), row["network"]
+    fresh = batching.compare("shufflenet_v2_x0_5", side=32)
+    assert fresh["reason"] is None
+    assert all(Gap(*fresh[what]).relative < 1e-9 for what in batching.WHAT)
 
 
 # --- what cannot be batched -------------------------------------------------------------------------------------------------
@@ -485,6 +511,16 @@ def test_some_towers_of_many_at_uneven_distances() -> None:
     some = [towers[0], towers[1], towers[3]]
     agree(*both(some, segments, [x] * 3))
     assert addresses(towers) == where
+
+
+def test_all_towers_after_some() -> None:
+    """Whatever ran first, the largest company ends up together."""
+    towers, segments, x = towers_of("mlp", 4)
+    calm(towers)
+    segments = [Segment(segment.stages) for segment in segments]
+    for some in (towers[::2], towers[1:3], towers, towers[:2]):
+        agree(*both(some, segments, [x] * len(some)))
+    assert stacked(towers)
 
 
 def test_apart_gives_everything_memory_of_its_own(ran: tuple[list[nn.Module], list[Segment], Tensor]) -> None:
