@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -459,8 +460,9 @@ def peak_memory() -> int:
 
 def serve(pipe: Connection, kind: str, workload: str, tasks: int, keys: dict[str, Any]) -> None:
     """The life of an arm's process: build, then do what the pipe says. Answers are ("ok", value) or ("error", text)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when to stop
     sys.stdout = sys.stderr  # LibMTL prints; standard output is for the table
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     import_module("torch._inductor.compile_fx")  # the compiler's code counts for no arm, as that of other libraries does not
 
     before = peak_memory()

@@ -40,15 +40,16 @@ def compare(name: str, side: int = 64, batch: int = 4) -> dict[str, Any]:
     towers = [one.network.to(memory_format=torch.channels_last) for one in made]
     segments = [Segment((stage,)) for stage in cut(towers[0], made[0].points)]
     x = made[0].prepare(torch.randn(batch, 3, side, side)).contiguous(memory_format=torch.channels_last)
+    parameters = sum(p.numel() for p in towers[0].parameters())
     row = {
         "network": name,
         "family": next(pattern for pattern, family in FAMILIES.items() if family is family_of(name)),
         "input": list(x.shape),
-        "parameters": sum(p.numel() for p in towers[0].parameters()),
+        "parameters": parameters,
         "reason": None,
     }
-    if BYTES * row["parameters"] > available():
-        return row | {"left_out": f"not tried, for it takes about {BYTES * row['parameters'] / 2**30:.0f} GiB of memory"}
+    if BYTES * parameters > available():
+        return row | {"left_out": f"not tried, for it takes about {BYTES * parameters / 2**30:.0f} GiB of memory"}
     row["reason"] = reason_against(towers, segments, [x, x])
     if row["reason"] is not None:
         return row

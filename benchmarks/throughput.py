@@ -1,13 +1,13 @@
 """How fast is a step? This framework against a plain PyTorch loop, LibMTL, no exchange, and what the machine could do.
 
-    python -m benchmarks.throughput --quick                        # two workloads, under five minutes
+    python -m benchmarks.throughput --quick                        # three cells of the table, under five minutes
     python -m benchmarks.throughput --libmtl PATH --out benchmarks/results/throughput.json
     python -m benchmarks.throughput --profile [--workload NAME]    # where a step's time goes
 
 Arms take turns of a second or so, round after round, each in a process of its own; a turn begins with steps that are not timed.
 Ratios are taken within a round, so that a drift of the machine meets both, and their median over rounds is reported. Compiling
-and other warm-up come before the first turn. Results are on disk after every cell of the table, and cells of other runs in that
-file are kept.
+and other warm-up come before the first turn. With --out, results are on disk after every cell of the table, and other cells in
+that file are kept. OMP_NUM_THREADS, where it is set, is heeded by all arms.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -29,6 +30,7 @@ import numpy as np
 from benchmarks.arms import SETTLE, WORKLOADS, Ours, serve
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
+MODES = ("train", "infer")
 TURN = 0.6
 """Seconds that a turn should last."""
 LEAST, CELL, LONGEST = 3, 90.0, 600.0
@@ -94,10 +96,13 @@ def _answer(pipe: Connection) -> Any:
     return value
 
 
-def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str, ...]) -> dict[str, Any]:
+def measure(workload: str, tasks: int, arms: Arms, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """One cell of the table: every arm's seconds per step in every round, its peak of memory, and the machine's rates.
 
     At most so many rounds, fewer where they take long.
+
+    Raises:
+        RuntimeError: the framework's own arms failed, with their message.
     """
     seats: dict[str, Seat] = {}
     failed: dict[str, str] = {}
@@ -111,18 +116,23 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str
             try:
                 seats[name].ask("train", 1)
             except RuntimeError as error:
+                if name in ("stitched", "unshared"):
+                    raise RuntimeError(f"{name} failed: {error}") from None
                 failed[name] = str(error)
+                say(f"  {name} failed: {error}")
                 seats.pop(name).close()
         running = [name for name in arms if name in seats]
-        taking = {(n, m): min(seats[n].ask(m, 1) for _ in range(2)) for n in running for m in modes}
+        taking = {(n, m): min(seats[n].ask(m, 1) for _ in range(2)) for n in running for m in MODES}
         steps = {turn: max(1, min(24, round(TURN / seconds))) for turn, seconds in taking.items()}
         seconds = sum((steps[turn] + min(SETTLE, steps[turn])) * taking[turn] for turn in taking)
-        taken: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in running}
+        taken: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in running}
         rates = []
-        for i in range(max(LEAST, min(rounds, int(CELL / seconds)))):
+        count = max(LEAST, min(rounds, int(CELL / seconds)))
+        say(f"  {', '.join(running)}: {count} rounds of about {seconds:.0f} s")
+        for i in range(count):
             rates.append(machine.ask("measure"))
             for name in running[i % len(running) :] + running[: i % len(running)]:
-                for mode in modes:
+                for mode in MODES:
                     taken[name][mode].append(seats[name].ask(mode, steps[name, mode]))
         found = {name: {**seats[name].ask("describe"), **taken[name], "memory": seats[name].ask("memory")} for name in running}
     finally:
@@ -139,14 +149,14 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, modes: tuple[str
     }
 
 
-def against(cells: list[dict[str, Any]], workload: str, tasks: int, longest: float) -> str | None:
+def against(cells: list[dict[str, Any]], workload: str, tasks: int, arms: Arms, longest: float) -> str | None:
     """What speaks against measuring a cell, going by the one before it of this workload: memory, or time."""
     before = [cell for cell in cells if cell["workload"] == workload and cell["tasks"] < tasks]
     if not before:
         return None
     last = max(before, key=lambda cell: int(cell["tasks"]))
     more = tasks / last["tasks"]
-    memory = more * sum(arm["memory"] for arm in last["arms"].values())
+    memory = more * sum(of["memory"] for name, of in last["arms"].items() if name in arms)
     if memory > 0.8 * available():
         return f"its arms would take about {memory / 2**30:.0f} GiB side by side, of {available() / 2**30:.0f} GiB"
     seconds = more * LEAST * last["seconds_per_round"]
@@ -154,9 +164,12 @@ def against(cells: list[dict[str, Any]], workload: str, tasks: int, longest: flo
 
 
 def available() -> int:
-    """Bytes of memory that processes can still take."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    """Bytes of memory that processes can still take; all there is, where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -339,16 +352,20 @@ def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callabl
             for key, cells in json.loads(given.out.read_text()).items()
         }
     for workload, tasks in plan:
-        if why := against(result["cells"], workload, tasks, given.longest):
+        started = time.monotonic()
+        arms = {k: v for k, v in arms_of(tasks, given.libmtl, given.workers).items() if k in (given.arms or [k])}
+        why = against(result["cells"], workload, tasks, arms, given.longest)
+        if why is None:
+            say(f"{workload}, T = {tasks}: starting, and compiling ...")
+            try:
+                cell = measure(workload, tasks, arms, given.rounds, say)
+            except RuntimeError as error:
+                why = str(error)
+        if why is not None:
             result["left_out"].append({"workload": workload, "tasks": tasks, "why": why})
             say(f"{workload}, T = {tasks}: left out: {why}")
             continue
-        started = time.monotonic()
-        arms = {k: v for k, v in arms_of(tasks, given.libmtl, given.workers).items() if k in (given.arms or [k])}
-        cell = measure(workload, tasks, arms, given.rounds, ("train", "infer"))
         result["cells"].append(cell)
-        for name, why in cell["failed"].items():
-            say(f"{workload}, T = {tasks}: {name} failed: {why}")
         say(f"{workload}, T = {tasks}: {time.monotonic() - started:.0f} s")
         for name, arm in cell["arms"].items():
             milliseconds = [1000 * statistics.median(arm[mode]) for mode in ("train", "infer")]
@@ -360,31 +377,62 @@ def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callabl
     return result
 
 
-def main() -> None:
-    """Measure, or profile, and print."""
+def counts(text: str) -> list[int]:
+    """Numbers of tasks, separated by commas."""
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers from 1 on, as 1,2,4 is")
+    return [int(part) for part in text.split(",")]
+
+
+def named_arms(text: str) -> list[str]:
+    """Arms, separated by commas, and those that no table is without."""
+    names = [*arms_of(2, None, 0), "libmtl"]
+    if wrong := [name for name in text.split(",") if name not in names]:
+        raise argparse.ArgumentTypeError(f"unknown arm {wrong[0]!r}; known: {', '.join(names)}")
+    return ["stitched", "unshared", *text.split(",")]
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says; ends with a message where it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three cells, three rounds")
-    parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS), help="(default: all)")
-    parser.add_argument("--tasks", type=lambda text: [int(t) for t in text.split(",")], default=list(COUNTS), metavar="T,T,...")
-    parser.add_argument("--rounds", type=int, help=f"at most; {LEAST} where they take long (default: 7, quick: {LEAST})")
+    parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS), help="may be given again (default: all)")
+    parser.add_argument("--tasks", type=counts, metavar="T,T,...", help="(default: 1,2,4,8,16; with --profile: 2)")
+    parser.add_argument("--rounds", type=int, help=f"at most, {LEAST} where they take long (default: 7; quick: {LEAST})")
     parser.add_argument("--longest", type=float, default=LONGEST, metavar="S", help="seconds of a cell (default: %(default)s)")
-    parser.add_argument("--arms", type=lambda text: ["stitched", "unshared", *text.split(",")], help="fewer of them")
+    parser.add_argument("--arms", type=named_arms, metavar="ARM,...", help="stitched, unshared and these only")
     parser.add_argument("--workers", type=int, default=2, help="of the peers' DataLoader (default: %(default)s)")
     parser.add_argument("--libmtl", metavar="PATH", help="a checkout of LibMTL, to measure it too")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write results there, and keep its other cells")
     parser.add_argument("--profile", action="store_true", help="show where a training step's time goes, and nothing else")
     given = parser.parse_args()
+    if given.quick and (given.workload or given.tasks):
+        parser.error("--quick has cells of its own; leave out --workload and --tasks, or --quick")
+    if given.libmtl and not (Path(given.libmtl) / "LibMTL").is_dir():
+        parser.error(f"no LibMTL checkout at {given.libmtl}: it has no folder LibMTL")
+    if given.out and not given.out.parent.is_dir():
+        parser.error(f"there is no folder {given.out.parent} to write to")
+    if given.rounds is not None and given.rounds < LEAST:
+        parser.error(f"at least {LEAST} rounds make a median with a spread; found --rounds {given.rounds}")
+    given.rounds = given.rounds or (LEAST if given.quick else 7)
+    return given
+
+
+def main() -> None:
+    """Measure, or profile, and print."""
+    given = arguments()
     if given.profile:
         for workload in given.workload or [QUICK[0][0], QUICK[2][0]]:
-            print(profile(workload, 2), flush=True)
+            for tasks in given.tasks or [2]:
+                print(profile(workload, tasks), flush=True)
         return
-    if given.libmtl and not (Path(given.libmtl) / "LibMTL").is_dir():
-        sys.exit(f"no LibMTL checkout at {given.libmtl}: it has no folder LibMTL")
-    given.rounds = given.rounds or (LEAST if given.quick else 7)
-    plan = list(QUICK) if given.quick else [(w, t) for w in given.workload or WORKLOADS for t in given.tasks]
-    result = run_all(plan, given, lambda line: print(line, flush=True))
-    print()
-    print(tables(result["cells"]))
+    plan = list(QUICK) if given.quick else [(w, t) for w in given.workload or WORKLOADS for t in given.tasks or COUNTS]
+    try:
+        result = run_all(plan, given, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        sys.exit("interrupted" + (f"; cells that were done are in {given.out}" if given.out else ""))
+    if result["cells"]:
+        print("\n" + tables(result["cells"]))
 
 
 if __name__ == "__main__":
