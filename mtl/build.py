@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import time
@@ -135,14 +136,17 @@ def choose_execution(config: RunConfig, model: MultiTaskModel, training: Mapping
         ConfigError: `batched` was asked for, and the towers cannot be run as one network.
     """
     wanted = config.execution == "batched" or (config.execution == "auto" and torch.device(config.device).type == "cuda")
-    if not wanted or len(model.towers) < 2:
+    if not wanted:
         return "towers", []
+    if len(model.towers) < 2:
+        return "towers", ["execution: there is a single tower, and nothing to batch"] if config.execution == "batched" else []
     with autocast(config)():
         images = {name: next(in_order(part, 2)).images for name, part in training.items()}
         reason = reason_against(*model.towers_and_inputs(images))
     if reason is None:
         model.execution = Batched()
-        return "batched", []
+        slower = torch.device(config.device).type == "cpu"
+        return "batched", ["towers run as one network, which a CPU does more slowly than one after the other"] if slower else []
     if config.execution == "batched":
         raise ConfigError([f"execution: towers cannot be batched: {reason}; execution=towers runs them one by one"])
     return "towers", [f"towers run one by one: {reason}"]
@@ -180,6 +184,7 @@ def compile_parts(
             return "none", [], 0.0
         for unit in units:
             unit.compiled = True
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
     started = time.monotonic()
     try:
         exchange = [p for unit in units for p in unit.parameters()]  # their derivatives suffice, and take less memory
@@ -417,6 +422,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "first_step_seconds": round(seconds, 4),
         "device": ready.config.device,
         "precision": ready.config.precision,
+        "execution": ready.config.execution,
+        "compile": ready.config.compile,
         "config_digest": ready.config.digest(),
         "parameter_names": [name for name, _ in model.named_parameters()],
     }

@@ -350,9 +350,11 @@ def print_result(result: dict[str, Any]) -> None:
     """A finished run for people: a table of figures, and where everything is."""
     print_figures({split: result[split] for split in ("val", "test") if result[split] is not None})
     frozen = f" and {result['parameters_frozen']:,} frozen" if result["parameters_frozen"] else ""
+    compiling = f" after {result['warm_up_seconds']:.0f} s of compiling" if result["warm_up_seconds"] else ""
     print(
         f"{result['sharing']}, seed {result['seed']}: best epoch {result['best_epoch']} of {result['epochs']}, "
-        f"{result['parameters']:,} parameters{frozen}, {result['seconds']:.0f} s, {result['images_per_second']:,.0f} images/s "
+        f"{result['parameters']:,} parameters{frozen}, {result['seconds']:.0f} s{compiling}, "
+        f"{result['images_per_second']:,.0f} images/s "
         f"({result['device']}, {result['precision']}, config {result['config_digest']})\n{result['run_dir']}"
     )
 

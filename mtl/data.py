@@ -158,7 +158,8 @@ def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | No
     except PluginError as error:
         raise PluginError(f"{split} split: {error}") from error
     except MTLError as error:
-        raise DataError(f"dataset {plugin.name!r}, {split} split: {error}") from error
+        where = "" if str(root) in str(error) else f" (the data root is {root})"
+        raise DataError(f"dataset {plugin.name!r}, {split} split: {error}{where}") from error
     if not isinstance(data, Dataset):
         raise PluginError(
             f"{plugin} must give an mtl.ArrayDataset or mtl.ImageFiles for the {split} split; found "

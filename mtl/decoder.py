@@ -1,7 +1,7 @@
 """The program of the processes that decode image files, started by `mtl.decoding`.
 
 One process imports what is needed, once, and forks the workers: it has a single thread, so forking is safe and takes no time,
-which it would not be and do in the training process, with its OpenMP, CUDA and tower threads. It is a program of its own, and
+which it would not be and do in the training process, with its OpenMP and CUDA threads. It is a program of its own, and
 not one of `multiprocessing`'s, because those run the caller's main module again.
 
 Workers take jobs in turn from one socket, write pixels into shared memory and the number of a finished job into one pipe. They

@@ -5,6 +5,7 @@ Nothing is read when a dataset is made; each image is decoded when its batch is.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mtl.datasets import Dataset
 from mtl.errors import DataError
-from mtl.images import read_image
+from mtl.images import LARGEST, read_image
 
 if TYPE_CHECKING:  # who decodes is handed in
     from mtl.decoding import Decoders
@@ -189,12 +190,15 @@ class ImageFiles(Dataset):
     ) -> None:
         if channels not in (1, 3):
             raise DataError(f"channels must be 1 (grey) or 3 (red, green, blue); found {channels!r}")
-        sides = tuple(size) if isinstance(size, Sequence) else ()
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        try:
+            height, width = (operator.index(side) for side in size)
+        except (TypeError, ValueError):
+            height = width = 0
+        if not (0 < height * width <= LARGEST and height > 0):
             raise DataError(f"size must be (height, width) in pixels, as in (224, 224); found {size!r}")
         if isinstance(paths, str | bytes | Path):
             raise DataError(f"paths must be a sequence of them; found the single one {os.fspath(paths)!r}")
-        self.images = FileImages(Paths(paths), channels, (sides[0], sides[1]))
+        self.images = FileImages(Paths(paths), channels, (height, width))
         if not len(self.images):
             raise DataError("there are no paths; were the files looked for in the right folder?")
         super().__init__(len(self.images), labels, valid)

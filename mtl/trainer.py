@@ -97,7 +97,10 @@ class State:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `val` and `test` are {task: {metric: value}} and `score`; None where there is no such split."""
+    """What a run came to. `val` and `test` are {task: {metric: value}} and `score`; None where there is no such split.
+
+    `seconds` are those of training, validation and test; `warm_up_seconds`, of compiling, came before them.
+    """
 
     run_dir: str
     epochs: int
@@ -114,6 +117,8 @@ class RunResult:
     steps: int
     device: str
     precision: str
+    execution: str
+    compile: str
     config_digest: str
 
 
@@ -230,6 +235,8 @@ def fit(run: Run) -> RunResult:
         steps=state.steps,
         device=config.device,
         precision=config.precision,
+        execution=config.execution,
+        compile=config.compile,
         config_digest=config.digest(),
     )
     (run.directory / "result.json").write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
@@ -386,7 +393,8 @@ def opening_line(run: Run) -> str:
     count = sum(len(part) for part in run.samples[Split.TRAIN].values())
     return (
         f"{config.sharing.kind}: {len(model.tasks)} tasks, {model.parameter_count():,} parameters, {count:,} training images, "
-        f"{config.device} {config.precision}, seed {config.seed}, {run.directory}"
+        f"{config.device} {config.precision}{', towers batched' * (config.execution == 'batched')}, seed {config.seed}, "
+        f"{run.directory}"
     )
 
 
@@ -397,7 +405,8 @@ def file_lines(run: Run) -> Iterator[str]:
             standardize = run.model.inputs[name]
             assert isinstance(standardize, Standardize)
             some = f"; mean and deviation are those of {n:,} of them" if 0 < (n := standardize.fitted_on) < len(part) else ""
-            workers = f"{run.decoders.workers} processes" if run.decoders.workers else "the training process"
+            count = run.decoders.workers
+            workers = f"{count} process{'es' * (count > 1)}" if count else "the training process"
             yield f"{name}: {len(part):,} training images are files, decoded by {workers}{some}"
 
 

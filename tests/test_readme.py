@@ -68,16 +68,10 @@ def test_the_python_snippets_run(in_tmp: Path) -> None:
         [sys.executable, "-m", "mtl", "check-plugin", "digits_own", *files], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stdout
-    of_files = [
-        "tasks=[fruit_kind]",
-        "backbone=small_cnn",
-        "sharing=unshared",
-        "data.workers=1",
-        "data.root=data",
-        "--plugin",
-        "pictures.py",
-    ]
-    trained = subprocess.run([*command, *of_files, "--run-dir", "three"], capture_output=True, text=True, check=False)
+    (config,) = re.findall(r"```yaml\n(tasks: \[fruit_kind\].*?)```", README, re.DOTALL)
+    Path("fruit.yaml").write_text(config)
+    of_files = ["fruit.yaml", "--plugin", "pictures.py", "epochs=1", "data.workers=1", "data.root=data", "--run-dir", "three"]
+    trained = subprocess.run([*command[:4], *of_files], capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
     done = subprocess.run([sys.executable, "-W", "error", "snippet.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
