@@ -37,7 +37,8 @@ import mtl
 from mtl.batches import in_order
 from mtl.build import run
 from mtl.config import RunConfig
-from mtl.hardware import device_name, memory_kept
+from mtl.execution import OneByOne
+from mtl.hardware import device_name, memory_kept, usable_cores
 from mtl.registry import BACKBONES
 from mtl.trainer import Run, train_step
 
@@ -187,10 +188,13 @@ class Ours(Arm):
             nonlocal outputs
             outputs += output.numel() * output.element_size()
 
-        hooks = [m.register_forward_hook(note) for m in self.run.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        self.run.model.train()
+        model = self.run.model
+        hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        as_it_runs, model.execution = model.execution, OneByOne()  # of towers as one, torch counts other FLOPs, and hooks one
+        model.train()
         with FlopCounterMode(display=False) as counter:
             train_step(self.run, next(self._steps))
+        model.execution = as_it_runs
         for hook in hooks:
             hook.remove()
         parameters = self.run.model.parameter_count()
@@ -279,9 +283,11 @@ class PlainLoop(Arm):
     def infer(self, steps: int) -> None:
         """Forward and argmax."""
         self.model.eval()
+        decisions = torch.zeros(0)
         for x, _ in islice(self.testing, steps):
             for output in self.model(x.to(self.device, non_blocking=True)):
-                output.argmax(1).tolist()
+                decisions = output.argmax(1)
+        decisions.tolist()
 
 
 class PlainStitched(nn.Module):
@@ -380,12 +386,15 @@ class LibMTL(Arm):
 
     @torch.no_grad()
     def infer(self, steps: int) -> None:
-        """As its `test` does, the loss left out."""
+        """As its `test` does, loss and metrics left out, as they are elsewhere."""
         trainer = self.trainer
         trainer.model.eval()
+        decisions = torch.zeros(0)
         for _ in range(steps):
-            x, y = trainer._process_data(self.testing)
-            trainer.meter.update(trainer.process_preds(trainer.model(x)), y)
+            x, _y = trainer._process_data(self.testing)
+            for output in trainer.process_preds(trainer.model(x)).values():
+                decisions = output.argmax(1)
+        decisions.tolist()
 
 
 class AsResNet(nn.Module):
@@ -442,7 +451,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "device": device_name(torch.device("cuda" if on_gpu() else "cpu")),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -462,7 +471,8 @@ def serve(pipe: Connection, kind: str, workload: str, tasks: int, keys: dict[str
     """The life of an arm's process: build, then do what the pipe says. Answers are ("ok", value) or ("error", text)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when to stop
     sys.stdout = sys.stderr  # LibMTL prints; standard output is for the table
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
     import_module("torch._inductor.compile_fx")  # the compiler's code counts for no arm, as that of other libraries does not
 
     before = peak_memory()

@@ -26,14 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.arms import SETTLE, WORKLOADS, Ours, serve
+from benchmarks.arms import SETTLE, WORKLOADS, Ours, on_gpu, serve
+from mtl.hardware import usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 MODES = ("train", "infer")
 TURN = 0.6
 """Seconds that a turn should last."""
-LEAST, CELL, LONGEST = 3, 90.0, 600.0
+LEAST, CELL, LONGEST = 3, 60.0, 400.0
 """Rounds of a cell that takes long; seconds for which more rounds follow; and seconds from which a cell is left out, unless
 `--longest` says otherwise."""
 QUICK = (("small_cnn 28x28 b128", 2), ("small_cnn 28x28 b128", 8), ("resnet18 64x64 b32", 2))
@@ -134,7 +136,7 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, say: Callable[[s
             for name in running[i % len(running) :] + running[: i % len(running)]:
                 for mode in MODES:
                     taken[name][mode].append(seats[name].ask(mode, steps[name, mode]))
-        found = {name: {**seats[name].ask("describe"), **taken[name], "memory": seats[name].ask("memory")} for name in running}
+        found = {name: {"memory": seats[name].ask("memory"), **taken[name], **seats[name].ask("describe")} for name in running}
     finally:
         for seat in seats.values():
             seat.close()
@@ -164,7 +166,9 @@ def against(cells: list[dict[str, Any]], workload: str, tasks: int, arms: Arms, 
 
 
 def available() -> int:
-    """Bytes of memory that processes can still take; all there is, where the system does not tell."""
+    """Bytes that arms can still take: of the GPU where they run there; all there is, where the system does not tell."""
+    if on_gpu():
+        return torch.cuda.mem_get_info()[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -331,12 +335,13 @@ def profile(workload: str, tasks: int, steps: int = 5) -> str:
 
     arm = Ours(WORKLOADS[workload], tasks)
     arm.train(3)
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu()]) as recorded:
         arm.train(steps)
     spent: dict[str, float] = {}
     for event in recorded.key_averages():
         kind = next((k for k, parts in KINDS if any(part in event.key for part in parts)), "the rest")
-        spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total / 1000 / steps
+        microseconds = event.self_device_time_total if on_gpu() else event.self_cpu_time_total
+        spent[kind] = spent.get(kind, 0.0) + microseconds / 1000 / steps
     total = sum(spent.values())
     lines = [f"{workload}, T = {tasks}, {arm.precision}: {total:.1f} ms per step"]
     lines += [f"  {kind:20} {ms:8.1f} ms {100 * ms / total:5.1f} %" for kind, ms in sorted(spent.items(), key=lambda x: -x[1])]
@@ -401,7 +406,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"at most, {LEAST} where they take long (default: 7; quick: {LEAST})")
     parser.add_argument("--longest", type=float, default=LONGEST, metavar="S", help="seconds of a cell (default: %(default)s)")
     parser.add_argument("--arms", type=named_arms, metavar="ARM,...", help="stitched, unshared and these only")
-    parser.add_argument("--workers", type=int, default=2, help="of the peers' DataLoader (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="of the peers' DataLoader (default: %(default)s)")
     parser.add_argument("--libmtl", metavar="PATH", help="a checkout of LibMTL, to measure it too")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write results there, and keep its other cells")
     parser.add_argument("--profile", action="store_true", help="show where a training step's time goes, and nothing else")
