@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl.batched import Batched
+from mtl.errors import said
 from mtl.execution import Execution, OneByOne, Segment
 from mtl.seeding import seeded
 
@@ -37,8 +38,9 @@ def reason_against(towers: Sequence[nn.Module], segments: Sequence[Segment], inp
 
     Copies of the first and the last tower are tried, in training and in evaluation mode: that it runs at all, in the dtype and
     under the autocast of the caller; and that it gives the outputs, gradients and buffers of one by one, in float64, with
-    dropout and stochastic depth off. Exchange units take no part. It takes about a dozen passes, and the memory of two towers
-    in float64 and their activations; parameters, gradients, buffers, modes and random state stay as they are.
+    dropout and stochastic depth off. Of the others, modules, plain settings and the shapes of tensors are compared. Exchange
+    units take no part. It takes about a dozen passes, and the memory of two towers in float64 and their activations;
+    parameters, gradients, buffers, modes and random state stay as they are.
 
     Args:
         towers: T networks, on the device and in the memory format of training, frozen as in training.
@@ -57,12 +59,15 @@ def reason_against(towers: Sequence[nn.Module], segments: Sequence[Segment], inp
         try:
             pair = [copy.deepcopy(tower) for tower in (towers[0], towers[-1])]
         except Exception as error:  # a network may hold anything
-            return f"it cannot be copied for a trial: {_said(error)}"
+            return f"it cannot be copied for a trial: {said(error)}"
         for tower in pair:
             tower.requires_grad_(True)
         fresh = {id(x): x.detach().clone() for x in inputs}
         ends = [fresh[id(x)] for x in (inputs[0], inputs[-1])]
-        return _trial(pair, plain, ends) or _comparison(pair, plain, ends)
+        try:
+            return _trial(pair, plain, ends) or _comparison(pair, plain, ends)
+        except Exception as error:  # too little memory, or a device without float64: training itself may need neither
+            return f"it cannot be tried: {said(error)}"
 
 
 def _unlike(towers: Sequence[nn.Module]) -> str | None:
@@ -77,7 +82,25 @@ def _unlike(towers: Sequence[nn.Module]) -> str | None:
         others = dict(other.named_modules())
         if wrong := [name for name, module in layers.items() if module.training != others[name].training]:
             return f"towers differ in what is in training mode: {wrong[0]} of one tower is, of another it is not (frozen?)"
+        for name, module in layers.items():
+            if wrong := [key for key, value in _settings(module).items() if _settings(others[name]).get(key) != value]:
+                return f"towers differ in the attribute {wrong[0]!r} of {name or 'the network'}"
+    for tower in towers:
+        owner: dict[int, str] = {}
+        for name, tensor in (*tower.named_parameters(), *tower.named_buffers()):
+            if tensor.numel() and owner.setdefault(tensor.untyped_storage().data_ptr(), name) != name:
+                return f"{name} and {owner[tensor.untyped_storage().data_ptr()]} are in the same memory"
     return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Plain values that a module keeps beside its tensors and modules."""
+    plain = bool | int | float | str | None
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(one, plain) for one in value))
+    }
 
 
 def _tensors(tower: nn.Module) -> list[tuple[Any, ...]]:
@@ -98,7 +121,7 @@ def _trial(pair: Sequence[nn.Module], segments: Sequence[Segment], inputs: Seque
             try:
                 found = _dtypes(Batched(), pair, segments, inputs, training)
             except Exception as error:  # torch's, about an operation that cannot be, or one of the network's own code
-                return f"in {mode} mode: {_said(error)}"
+                return f"in {mode} mode: {said(error)}"
         for message in (str(warning.message) for warning in caught):
             if "performance drop" in message:
                 operation = re.search(r"\baten::\w+", message)
@@ -234,8 +257,3 @@ def calm(towers: Sequence[nn.Module]) -> None:
                 setattr(module, name, 0.0)
         if isinstance(module, _BatchNorm):
             module.eps = max(module.eps, STEADY_EPS)
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

@@ -6,27 +6,28 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtl.balancing import Balancer, Scalarization
+from mtl.balancing import Balancer
 from mtl.batchable import reason_against
 from mtl.batched import Batched
-from mtl.batches import Feed, in_order
+from mtl.batches import Feed, first
 from mtl.checkpoint import load_weights, read_description
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
 from mtl.data import Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
-from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
+from mtl.errors import ConfigError, DataError, MTLError, PluginError, RunError, said, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.hardware import computes_in_bf16, memory_kept, usable_cores
 from mtl.model import MultiTaskModel, backbone_maker
@@ -103,7 +104,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
     execution, why_not = choose_execution(config, model, samples[Split.TRAIN])
     config = config.replaced(execution=execution)
     try_tasks(model, samples[Split.TRAIN], autocast(config))
-    compiled, notes, seconds = compile_parts(config, model, balancer, samples[Split.TRAIN], total)
+    compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
     directory = make_directory(run_dir, config)
     return Run(
@@ -141,7 +142,7 @@ def choose_execution(config: RunConfig, model: MultiTaskModel, training: Mapping
     if len(model.towers) < 2:
         return "towers", ["execution: there is a single tower, and nothing to batch"] if config.execution == "batched" else []
     with autocast(config)():
-        images = {name: next(in_order(part, 2)).images for name, part in training.items()}
+        images = {name: first(part, 2).images for name, part in training.items()}
         reason = reason_against(*model.towers_and_inputs(images))
     if reason is None:
         model.execution = Batched()
@@ -152,73 +153,73 @@ def choose_execution(config: RunConfig, model: MultiTaskModel, training: Mapping
     return "towers", [f"towers run one by one: {reason}"]
 
 
-def compile_parts(
-    config: RunConfig, model: MultiTaskModel, balancer: Balancer, training: Mapping[str, Samples], steps: int
+def compile_units(
+    config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples], steps: int
 ) -> tuple[str, list[str], float]:
-    """Compile what the config says, by one pass forth and back that changes nothing.
+    """Compile the exchange units' arithmetic where the config says so, by one pass forth and back that changes nothing.
 
-    `auto`, a rule: exchange units on a CPU, where all exchange of a run comes to `WORTH_COMPILING` multiply-adds or more, if
-    compiling works.
+    `auto`, a rule: on a CPU, where all exchange of a run comes to `WORTH_COMPILING` multiply-adds or more, if compiling works.
 
     Returns:
         What `compile` became, what to say about it, and the seconds that it took.
 
     Raises:
-        ConfigError: compiling was asked for, and does not work here.
+        ConfigError: `units` was asked for, and they cannot be compiled here.
     """
-    units = list(model.exchange().values())
-    if config.compile == "network":
-        if not isinstance(balancer, Scalarization):
-            raise ConfigError(
-                [
-                    f"compile: balancer {config.balancer.name!r} takes several backward passes a step, and a compiled network "
-                    "has one; use compile=units, or balancer=fixed"
-                ]
-            )
-        on_gpu = torch.device(config.device).type == "cuda"
-        model.compile(mode="reduce-overhead" if on_gpu else "default")  # the former captures CUDA graphs
-    else:
-        samples = sum(min(len(part), config.batch_size) for part in training.values()) * config.optim.accumulate
-        worth = config.device == "cpu" and steps * samples * model.exchanged_products() >= WORTH_COMPILING
-        if not units or config.compile == "none" or (config.compile == "auto" and not worth):
-            return "none", [], 0.0
-        for unit in units:
-            unit.compiled = True
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
+    samples = sum(min(len(part), config.batch_size) for part in training.values()) * config.optim.accumulate
+    worth = config.device == "cpu" and steps * samples * model.exchanged_products() >= WORTH_COMPILING
+    if config.compile == "none" or (config.compile == "auto" and not worth):
+        return "none", [], 0.0
+    units = [unit for unit in model.exchange().values() if unit.compilable]
+    if not units or config.execution == "batched":
+        why = "towers run as one network, whose exchange is one product" if units else "no exchange unit has a compiled form"
+        return "none", [f"compile: nothing is compiled: {why}"] if config.compile == "units" else [], 0.0
+    images = {name: first(part, config.batch_size).images for name, part in training.items()}
     started = time.monotonic()
+    for unit in units:
+        unit.compiled = True
     try:
-        exchange = [p for unit in units for p in unit.parameters()]  # their derivatives suffice, and take less memory
-        _pass_without_trace(config, model, training, exchange if config.compile != "network" else model.parameters())
+        with _quiet("torch.utils.cpp_extension"):  # it warns that there is no CUDA
+            _pass_without_trace(config, model, images, [p for unit in units for p in unit.parameters()])
+    except (MTLError, MemoryError, torch.OutOfMemoryError):  # would come without compiling as well
+        raise
     except Exception as error:  # a compiler may be missing or broken in any way, and training needs none
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if config.compile != "auto":
-            what = "the network" if config.compile == "network" else "exchange units"
-            raise ConfigError([f"compile: {what} cannot be compiled here: {reason}; compile=none trains without"]) from error
         for unit in units:
             unit.compiled = False
-        return "none", [f"exchange units cannot be compiled here: {reason}"], time.monotonic() - started
+        reason = f"exchange units cannot be compiled here: {said(error)}"
+        if config.compile == "units":
+            raise ConfigError([f"compile: {reason}; compile=none trains without"]) from error
+        return "none", [reason], time.monotonic() - started
     seconds = time.monotonic() - started
-    if config.compile == "network":
-        return "network", [f"compiled the network in {seconds:.1f} s"], seconds
     return "units", [f"compiled the exchange units in {seconds:.1f} s"], seconds
 
 
 def _pass_without_trace(
-    config: RunConfig, model: MultiTaskModel, training: Mapping[str, Samples], parameters: Iterable[nn.Parameter]
+    config: RunConfig, model: MultiTaskModel, images: Mapping[str, Tensor], exchange: Sequence[nn.Parameter]
 ) -> None:
-    """Forth and back to these parameters, as a training step does; buffers and random numbers are afterwards as before."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Forth and back, as in training; parameters, buffers and random numbers are afterwards as before.
+
+    Backward to the exchange alone where that is trained, which takes less memory than to all parameters.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with seeded(config.seed, "warm-up"), autocast(config)():
+        model.train()
+        outputs = functional_call(model, buffers, (images,)).outputs
+    total = torch.stack([y.float().mean() for y in outputs.values()]).sum()
+    trained = [p for p in exchange if p.requires_grad] or [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(total, trained, allow_unused=True)
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Let a library's logger report errors only."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        with seeded(config.seed, "warm-up"), autocast(config)():
-            model.train()
-            outputs = model({name: next(in_order(part, config.batch_size)).images for name, part in training.items()}).outputs
-        total = torch.stack([y.float().mean() for y in outputs.values()]).sum()
-        trained = [p for p in parameters if p.requires_grad]
-        torch.autograd.grad(total, trained or [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
+        log.setLevel(level)
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -246,8 +247,7 @@ def usable(device: str, precision: str) -> tuple[str, str]:
     try:
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"device: {device!r} cannot be used here: {reason}; use auto or cpu"]) from None
+        raise ConfigError([f"device: {device!r} cannot be used here: {said(error)}; use auto or cpu"]) from None
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(torch.device(device)) else "fp32"
     return device, precision
@@ -385,6 +385,8 @@ def evaluate_run(
             raise DataError(f"this run has no {split} split")
         model = model_of(config, tasks, input_shape(samples), pretrained=False)
         load_weights(file, model)
+        if config.execution == "batched" and torch.device(config.device).type == "cuda":
+            model.execution = Batched()
         figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}
 

@@ -132,10 +132,10 @@ class RunConfig(Options):
     execution: Literal["auto", "batched", "towers"] = "auto"
     """How towers are run. batched: as one network with stacked parameters; towers: one after the other. auto: batched on CUDA
     where the network allows it, else towers (a CPU loses by batching). Results differ by rounding only."""
-    compile: Literal["auto", "none", "units", "network"] = "auto"
-    """What torch.compile compiles. units: the product in exchange units; network: the whole forward and backward pass, captured
-    as CUDA graphs on CUDA, for balancers that differentiate one sum of losses; none: nothing. auto: units on a CPU with a C++
-    compiler when the run is long enough to make up for compiling, else none. Results differ by rounding only."""
+    compile: Literal["auto", "none", "units"] = "auto"
+    """What torch.compile makes one pass over memory of. units: exchange units of towers that run one after the other; none:
+    nothing. auto: units on a CPU with a C++ compiler when the run is long enough to make up for compiling, else none. Results
+    differ by rounding only."""
     device: str = "auto"
     """As torch names it: cpu, cuda, cuda:1, mps. auto: CUDA where there is one, else the CPU."""
     seed: int = 0

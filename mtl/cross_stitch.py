@@ -104,6 +104,7 @@ class CrossStitchUnit(ExchangeUnit):
             case _:
                 raise ConfigError([f"granularity={granularity!r}; it is 'scalar', 'channel' or 'dense'"])
         self.alpha = nn.Parameter(alpha)
+        self.compilable = granularity != "dense"
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """T tensors (B, C, ...) -> T tensors (B, C, ...)."""

@@ -55,3 +55,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     near = longer[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"unknown {what} {name!r}; known: {listing(known)}{hint}"
+
+
+def said(error: BaseException) -> str:
+    """Somebody else's error in one line: its type, and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

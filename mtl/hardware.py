@@ -46,6 +46,10 @@ KEEP = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
 USUAL = ((M_MMAP_MAX, 65536), (M_TRIM_THRESHOLD, 2**26), (M_TOP_PAD, 2**17), (M_MMAP_THRESHOLD, 2**25))
 
 
+_keeping = 0
+"""Blocks of `memory_kept` that this process is in."""
+
+
 @contextmanager
 def memory_kept() -> Iterator[None]:
     """Keep freed memory within the process while a block runs; give it back afterwards.
@@ -53,20 +57,26 @@ def memory_kept() -> Iterator[None]:
     glibc returns every large tensor's pages to the system when it is freed and has the next one faulted in anew, page by page,
     zeroed: a fifth to a third of a training step on two cores, measured. It adapts its threshold by itself up to 32 MB; what it
     adapted to cannot be asked for, so afterwards it is at that end (`USUAL`). Does nothing where there is no mallopt, as on
-    macOS and musl. The setting is the process's: other threads are subject to it while the block runs.
+    macOS and musl. The setting is the process's: other threads are subject to it while the block runs, and it takes the place
+    of what `MALLOC_...` variables said. Blocks may lie within one another, or overlap.
     """
+    global _keeping
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):
         yield
         return
-    for key, value in KEEP:
-        libc.mallopt(key, value)
+    if not _keeping:
+        for key, value in KEEP:
+            libc.mallopt(key, value)
+    _keeping += 1
     try:
         yield
     finally:
-        for key, value in USUAL:
-            libc.mallopt(key, value)
-        libc.malloc_trim(0)
+        _keeping -= 1
+        if not _keeping:
+            for key, value in USUAL:
+                libc.mallopt(key, value)
+            libc.malloc_trim(0)
 
 
 def _cpuinfo(key: str) -> str:

@@ -2,8 +2,10 @@
 
 Written twice. `_mixed` and `_unmixed` in plain operations run anywhere; the same in scalar form is compiled by torch.compile
 into one pass over memory (`compiled=True`), which is where the time goes: the plain form reads and writes every feature about
-T times, and T^2 times for the derivative with respect to alpha. Both compute in float32 (float64 for float64 features), which
-matters in bf16: an alpha near 1 would be rounded to multiples of 2^-8.
+T times, and T^2 times for the derivative with respect to alpha.
+
+In bf16 an alpha near 1 would be rounded to multiples of 2^-8, and what it learns lost. The compiled form computes in float32
+(float64 for float64 features); the plain one rounds only what is exchanged, (alpha - I) x, and adds it to x.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ def mix(features: Sequence[Tensor], alpha: Tensor, compiled: bool = False) -> li
     Returns:
         T tensors of the features' shape and dtype.
     """
-    if len(features) == 1 and not compiled:
-        return [features[0] * _broadcast(alpha[0, 0], features[0])]
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():  # somebody else's compiler fuses these by itself
-        return [
-            sum((_broadcast(a, x) * x for a, x in zip(row, features, strict=True)), torch.zeros_like(features[0]))
-            for row in alpha.to(features[0].dtype)
-        ]
+        identity = torch.eye(len(features), dtype=alpha.dtype, device=alpha.device)[:, :, None]
+        mixed = []
+        for row, own in zip(alpha - identity, features, strict=True):
+            first, *others = (_broadcast(a, x) * x for a, x in zip(row, features, strict=True))
+            mixed.append(own + sum(others, first))  # in this order, as in `_mixed`
+        return mixed
     wide = torch.promote_types(features[0].dtype, torch.float32)
     weights = alpha.to(wide).expand(-1, -1, features[0].shape[1])
     return list(_Mix.apply(compiled, weights, *features))

@@ -123,6 +123,7 @@ class MultiTaskModel(nn.Module):
             with seeded(seed, "head", task.name):
                 self.heads[task.name] = _build_head(task, features)
         self._check_exchange(x)
+        self._towers_overwrite = self._overwrites(x)
         self._drop_unused()
         self.points = [
             Point(stage.point, shape, self._role(i)) for i, (stage, shape) in enumerate(zip(self.stages, shapes, strict=True))
@@ -159,6 +160,22 @@ class MultiTaskModel(nn.Module):
                 raise PluginError(f"{type(unit).__name__} turns {len(shapes)} features of shape {shapes[0]} into {found}")
             features = mixed
         self.train(was_training)
+
+    @torch.no_grad()
+    def _overwrites(self, x: Tensor) -> bool:
+        """Whether a tower's first operation writes into what it is given, as a ReLU behind a split may."""
+        if not self.towers:
+            return False
+        was_training = self.training
+        self.eval()
+        for stage in self.stages[: self.shared_stages]:
+            assert self.trunk is not None
+            x = stage(self.trunk, x)
+        given = x.clone()
+        before = given._version
+        self.segments()[0](self.towers[self.tasks[0].name], given)
+        self.train(was_training)
+        return given._version != before
 
     def _check_apart(self, plain: nn.Module) -> None:
         """Towers must not be one another, and a weight that is used on both sides of a split would come apart."""
@@ -214,11 +231,15 @@ class MultiTaskModel(nn.Module):
                 assert self.trunk is not None
                 joined = stage(self.trunk, joined)
             if not self.units:
-                return self._run_towers([joined[row[task.dataset]] for task in present], present)
-            mixed = self._run_towers([joined] * len(self.tasks), self.tasks)
+                return self._run_towers(self._for_each([joined[row[task.dataset]] for task in present]), present)
+            mixed = self._run_towers(self._for_each([joined] * len(self.tasks)), self.tasks)
             return [y[row[task.dataset]] for y, task in zip(mixed, self.tasks, strict=True) if task.dataset in row]
         own = dict(zip(names, x, strict=True))
-        return self._run_towers([own[task.dataset] for task in present], present)
+        return self._run_towers(self._for_each([own[task.dataset] for task in present]), present)
+
+    def _for_each(self, x: list[Tensor]) -> list[Tensor]:
+        """A tensor of its own for every tower, where towers begin with an operation in place."""
+        return [one.clone() for one in x] if self._towers_overwrite else x
 
     def _run_towers(self, x: list[Tensor], tasks: Sequence[Task]) -> list[Tensor]:
         if not self.towers:

@@ -378,7 +378,7 @@ def log_exchange(run: Run, step: int, pictures: bool) -> None:
         coupling = unit.coupling()
         if coupling is None:
             continue
-        matrix = coupling.double().cpu().numpy()
+        matrix = coupling.cpu().double().numpy()
         pairs = {f"stitch/{point}/{t}_from_{s}": matrix[i, j] for i, t in enumerate(names) for j, s in enumerate(names)}
         run.tracker.scalars(pairs, step)
         if pictures:

@@ -20,8 +20,10 @@ class ExchangeUnit(nn.Module, ABC):
     of one sample's feature there, (C, H, W) or (C,), and returns one of these.
     """
 
+    compilable: bool = False
+    """Whether its `forward` has a compiled form."""
     compiled: bool = False
-    """Set on a unit when a run wants its arithmetic compiled (`compile: units`); one that has no compiled form ignores it."""
+    """Set on a compilable unit when a run wants that form (`compile: units`)."""
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,7 @@ def counting(module: nn.Module, y: Tensor) -> Tensor:
 
 
 def factored(module: nn.Module, y: Tensor) -> Tensor:
-    return y * module.factor
+    return y * float(module.factor)
 
 
 def plain(module: nn.Module, y: Tensor) -> Tensor:
@@ -392,13 +393,37 @@ def test_inputs_and_numbers_that_are_refused() -> None:
 
 
 def test_what_a_tower_knows_beside_its_tensors_is_found_out() -> None:
-    """A number of each tower's own would be the first tower's for all."""
-    towers = [Body(factored) for _ in range(2)]
+    """A number of each tower's own would be the first tower's for all, in whatever it is kept."""
+    towers = [Body(factored) for _ in range(3)]
     [stage] = cut(towers[0], ())
-    for i, tower in enumerate(towers):
-        tower.factor = 1.0 + i
-    found = reason_against(towers, [Segment((stage,))], [torch.randn(4, 4)] * 2)
+    for tower, factor in zip(towers, (1.0, 2.0, 1.0), strict=True):
+        tower.factor = factor
+    found = reason_against(towers, [Segment((stage,))], [torch.randn(4, 4)] * 3)
+    assert found == "towers differ in the attribute 'factor' of the network"
+    for tower, factor in zip(towers, (1.0, 1.0, 2.0), strict=True):
+        tower.factor = Fraction(factor)
+    found = reason_against(towers, [Segment((stage,))], [torch.randn(4, 4)] * 3)
     assert found == "in training mode outputs differ from those of one by one"
+
+
+def test_tensors_in_the_same_memory_would_come_apart() -> None:
+    towers = [Body(plain) for _ in range(2)]
+    for tower in towers:
+        tower.register_buffer("again", next(tower.parameters()).data)
+    [stage] = cut(towers[0], ())
+    found = reason_against(towers, [Segment((stage,))], [torch.randn(4, 4)] * 2)
+    assert found is not None
+    assert found.startswith("again and ")
+    assert found.endswith("are in the same memory")
+
+
+def test_a_trial_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise TypeError("no float64 on this device")
+
+    towers, segments, x = towers_of("small_cnn", 2)
+    monkeypatch.setattr(nn.Module, "double", refuse)
+    assert reason_against(towers, segments, [x, x]) == "it cannot be tried: TypeError: no float64 on this device"
 
 
 def test_a_trial_leaves_no_trace() -> None:

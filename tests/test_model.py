@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import mtl
+from mtl.batched import Batched
 from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
+from mtl.execution import Execution, OneByOne
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.registry import BACKBONES
 from mtl.sharing import Sharing
@@ -117,6 +119,24 @@ def test_split_runs_from_unshared_to_hard_shared() -> None:
     assert counts[0] == counts[1]  # only dropout, which has no parameters, comes after fc3
     assert counts == sorted(counts)
     assert len(set(counts)) == 4
+
+
+@pytest.mark.parametrize("execution", [OneByOne(), Batched()])
+@pytest.mark.parametrize(
+    ("backbone", "point"), [("resnet18", "bn1"), ("densenet121", "features.norm5"), ("mobilenet_v2", "features.0.1")]
+)
+def test_towers_that_begin_in_place_do_not_overwrite_what_others_get(backbone: str, point: str, execution: Execution) -> None:
+    model = make(mtl.SplitAt(at=point), backbone=backbone)
+    model.execution = execution
+    for tower in list(model.towers.values())[1:]:
+        tower.load_state_dict(next(iter(model.towers.values())).state_dict())
+    x = {"d": torch.rand(2, *SHAPE, dtype=torch.float64)}
+    model.eval()
+    a, b = model.features(x)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    model.train()
+    torch.stack([y.square().mean() for y in model.features(x)]).sum().backward()
+    assert all(p.grad is not None for p in model.trunk.parameters())
 
 
 def test_split_at_a_point_not_listed_and_resnet_parts() -> None:
