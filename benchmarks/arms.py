@@ -477,6 +477,7 @@ def serve(pipe: Connection, kind: str, workload: str, tasks: int, keys: dict[str
 
     before = peak_memory()
     try:
+        tasks = keys.pop("tasks", tasks)
         arm: Any = Machine() if kind == "machine" else KINDS[kind](WORKLOADS[workload], tasks, **keys)
         pipe.send(("ok", None))
         while True:

@@ -1,7 +1,8 @@
 """T towers of one architecture as one network with stacked parameters: one call of each operation for all of them.
 
-On a GPU this turns T times many small launches into one of each; on a CPU a loop is faster (figures in `benchmarks/README.md`).
-Parameters stay those of the towers, see `mtl.stacking`; what `torch.vmap` does badly is done by hand, see `mtl.wide`.
+It is made for GPUs, where T times many small launches become one of each; that has not been measured yet. On a CPU a loop is
+faster (figures in `benchmarks/README.md`). Parameters stay those of the towers, see `mtl.stacking`; what `torch.vmap` does
+badly is done by hand, see `mtl.wide`.
 
 What draws random numbers (dropout, stochastic depth) draws apart for every tower, from the same distribution as one by one, but
 other numbers. The gradient of a tower that a loss does not depend on is zero, where one by one there is none.

@@ -290,7 +290,8 @@ def test_every_network_of_torchvision_is_on_record_and_exact() -> None:
     assert sorted(row["network"] for row in recorded) == networks()
     for row in recorded:
         assert row["reason"] is None
-        if row["network"] in ("vit_h_14", "regnet_y_128gf"):  # need more memory than was at hand
+        if "left_out" in row:  # for lack of memory, and never a whole family
+            assert any(other["family"] == row["family"] and "left_out" not in other for other in recorded)
             continue
         assert all(Gap(*row[what]).relative < 1e-9 for what in batching.WHAT), row["network"]
     fresh = batching.compare("shufflenet_v2_x0_5", side=32)
