@@ -59,6 +59,9 @@ def arms_of(tasks: int, libmtl: str | None, workers: int) -> Arms:
     return arms
 
 
+DIED = "its process died; too little memory, perhaps"
+
+
 class Seat:
     """An arm's process, and the pipe to it."""
 
@@ -79,7 +82,10 @@ class Seat:
         if not self.ready:
             _answer(self.pipe)
             self.ready = True
-        self.pipe.send(words)
+        try:
+            self.pipe.send(words)
+        except BrokenPipeError:
+            raise RuntimeError(DIED) from None
         return _answer(self.pipe)
 
     def close(self) -> None:
@@ -94,7 +100,7 @@ def _answer(pipe: Connection) -> Any:
     try:
         kind, value = pipe.recv()
     except EOFError:
-        raise RuntimeError("its process died; too little memory, perhaps") from None
+        raise RuntimeError(DIED) from None
     if kind == "error":
         raise RuntimeError(value)
     return value
@@ -160,7 +166,8 @@ def against(cells: list[dict[str, Any]], workload: str, tasks: int, arms: Arms, 
         return None
     last = max(before, key=lambda cell: int(cell["tasks"]))
     more = tasks / last["tasks"]
-    memory = more * sum(of["memory"] for name, of in last["arms"].items() if name in arms)
+    known = {name: of["memory"] for name, of in last["arms"].items()}
+    memory = more * sum(known.get(name, max(known.values())) for name in arms if name != "single")
     if memory > 0.8 * available():
         return f"its arms would take about {memory / 2**30:.0f} GiB side by side, of {available() / 2**30:.0f} GiB"
     seconds = more * LEAST * last["seconds_per_round"]
@@ -362,6 +369,9 @@ def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callabl
         started = time.monotonic()
         arms = {k: v for k, v in arms_of(tasks, given.libmtl, given.workers).items() if k in (given.arms or [k])}
         why = against(result["cells"], workload, tasks, arms, given.longest)
+        if why is not None:
+            arms = {name: arm for name, arm in arms.items() if not name.endswith("fp32")}
+            why = against(result["cells"], workload, tasks, arms, given.longest)
         if why is None:
             say(f"{workload}, T = {tasks}: starting, and compiling ...")
             try:
