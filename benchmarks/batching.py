@@ -73,7 +73,8 @@ def render() -> str:
     return (
         table(rows)
         + f"\n\nn = {len(rows)} networks, {len(batched)} of them run as one; two towers each, and the worst network of a line. "
-        f"torch {recorded['torch']}, CPU, 1 thread.\n"
+        f"torch {recorded['torch']}, CPU, 1 thread. Not recorded, for want of memory: "
+        f"{', '.join(sorted(set(networks()) - {row['network'] for row in rows})) or 'none'}.\n"
     )
 
 
