@@ -9,11 +9,11 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import batching, batching_speed, cutting, decoding, fast_path, three_epochs, throughput
+    from benchmarks import batching, batching_speed, cutting, decoding, fast_path, three_epochs, throughput_tables
 
     text = (HERE / "README.template.md").read_text()
     tables = (
-        ("@THROUGHPUT@", throughput.render),
+        ("@THROUGHPUT@", throughput_tables.render),
         ("@FAST_PATH@", fast_path.render),
         ("@CUTTING@", cutting.render),
         ("@BATCHING@", batching.render),
@@ -28,9 +28,9 @@ def page() -> str:
 
 def write_page() -> None:
     """Write it, and draw."""
-    from benchmarks import throughput
+    from benchmarks import throughput_tables
 
-    throughput.draw(HERE / "results" / "throughput.svg")
+    throughput_tables.draw(HERE / "results" / "throughput.svg")
     (HERE / "README.md").write_text(page())
 
 
