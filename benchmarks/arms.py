@@ -1,4 +1,4 @@
-"""What `benchmarks.throughput` compares: this framework, a plain PyTorch loop, LibMTL, and the machine itself.
+"""The arms of `benchmarks.throughput`: this framework, a plain PyTorch loop, and LibMTL.
 
 Every arm runs in a process of its own and takes its turn when told to, so that none runs under another's allocator, threads
 or autocast, and each has a peak of memory of its own. All train the same towers (`Workload`) on the same random images, whose
@@ -8,18 +8,14 @@ values do not matter to the time a step takes.
 from __future__ import annotations
 
 import os
-import resource
 import signal
-import statistics
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain, islice, repeat
 from multiprocessing.connection import Connection
@@ -30,82 +26,21 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtl
+from benchmarks.machine import Machine, environment, peak_memory
+from benchmarks.workloads import CLASSES, WORKLOADS, Workload, loader, on_gpu, tower
 from mtl.batches import in_order
 from mtl.build import run
 from mtl.config import RunConfig
 from mtl.execution import OneByOne
-from mtl.hardware import device_name, memory_kept, usable_cores
-from mtl.registry import BACKBONES
+from mtl.hardware import memory_kept, usable_cores
 from mtl.trainer import Run, train_step
 
-CLASSES = 10
 SETTLE = 4
 """Steps at the begin of every turn that are not timed: caches warm up, and what a loader fetched ahead is used up."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Towers and batches. `blocks` are the modules of a tower between its exchanges."""
-
-    name: str
-    backbone: str
-    shape: tuple[int, int, int]
-    batch: int
-    points: tuple[str, ...]
-    blocks: tuple[tuple[str, ...], ...]
-
-    @property
-    def samples(self) -> int:
-        """Enough for a few steps an epoch."""
-        return 12 * self.batch
-
-
-RESNET = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4", "avgpool"))
-WORKLOADS = {
-    w.name: w
-    for w in (
-        Workload("small_cnn 28x28 b128", "small_cnn", (1, 28, 28), 128, ("pool1", "pool2", "fc3"),
-                 (("pool1",), ("pool2",), ("fc3",), ("dropout",))),
-        Workload("resnet18 64x64 b32", "resnet18", (3, 64, 64), 32, ("layer1", "layer2", "layer3"), RESNET),
-        Workload("resnet18 64x64 b128", "resnet18", (3, 64, 64), 128, ("layer1", "layer2", "layer3"), RESNET),
-        Workload("resnet50 224x224 b16", "resnet50", (3, 224, 224), 16, ("layer1", "layer2", "layer3"), RESNET),
-    )
-}  # fmt: skip
-
-
-class NoiseOptions(mtl.Options):
-    """How many images of which shape."""
-
-    shape: tuple[int, int, int]
-    samples: int
-    tasks: int
-
-
-def noise(shape: tuple[int, int, int], samples: int, tasks: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (N, C, H, W) and a class per image and task (N, T)."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (samples, *shape), dtype=np.uint8)
-    return images, np.stack([random.permutation(np.arange(samples) % CLASSES) for _ in range(tasks)], axis=1)
-
-
-@mtl.register_dataset("noise", options=NoiseOptions)
-def noise_dataset(split: mtl.Split, root: Path, options: NoiseOptions) -> mtl.ArrayDataset:
-    """Random images, the same for both splits."""
-    images, labels = noise(options.shape, options.samples, options.tasks)
-    return mtl.ArrayDataset(images, {f"label{t}": labels[:, t] for t in range(options.tasks)})
-
-
-def register_noise_task(t: int) -> None:
-    """The task `noise<t>`: ten classes."""
-    mtl.register_task(f"noise{t}")(lambda: mtl.Task("noise", f"label{t}", mtl.Classification([str(c) for c in range(CLASSES)])))
-
-
-for _t in range(64):
-    register_noise_task(_t)
 
 
 class Arm(ABC):
@@ -207,50 +142,6 @@ class Ours(Arm):
             "flops_per_step": counter.get_total_flops(),
             "bytes_per_step": 32 * parameters + 4 * outputs,
         }
-
-
-class PilImages(Dataset[tuple[Tensor, Any]]):
-    """What a peer's `DataLoader` reads: one image at a time through torchvision's transforms, as its datasets do."""
-
-    def __init__(self, workload: Workload, tasks: int, names: list[str]) -> None:
-        from torchvision.transforms import v2
-
-        self.images, self.labels = noise(workload.shape, workload.samples, tasks)
-        self.names = names
-        channels = workload.shape[0]
-        self.transform = v2.Compose(
-            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * channels, [0.25] * channels)]
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
-        from PIL import Image
-
-        pixels = self.images[i].transpose(1, 2, 0)
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        return self.transform(image), {name: int(self.labels[i, t]) for t, name in enumerate(self.names)}
-
-
-def loader(workload: Workload, tasks: int, names: list[str], shuffle: bool, workers: int) -> DataLoader[Any]:
-    """The loader both peers are given."""
-    data = PilImages(workload, tasks, names)
-    return DataLoader(
-        data, workload.batch, shuffle=shuffle, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu()
-    )
-
-
-def on_gpu() -> bool:
-    """Whether arms run on a GPU."""
-    return torch.cuda.is_available()
-
-
-def tower(workload: Workload) -> nn.Module:
-    """A network as the framework's own arm has it."""
-    made = BACKBONES.get(workload.backbone)
-    options = made.options() if made.options is not None else None
-    return made.create(workload.shape, options=options).network  # type: ignore[no-any-return]
 
 
 class PlainLoop(Arm):
@@ -409,62 +300,6 @@ class AsResNet(nn.Module):
             setattr(self, name, module)
         self.layer1 = first[-1]
         self.layer2, self.layer3, self.layer4 = (nn.Sequential(*block) for block in rest)
-
-
-class Machine:
-    """What the hardware gives: the rate of a large matrix product in each precision, and of copying memory."""
-
-    def __init__(self) -> None:
-        device = "cuda" if on_gpu() else "cpu"
-        side = 8192 if on_gpu() else 1536
-        self.factors = {
-            name: [torch.randn(side, side, device=device, dtype=dtype) for _ in range(2)]
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-        }
-        self.block = torch.zeros(2**28 if on_gpu() else 2**25, device=device)
-        self.target = torch.empty_like(self.block)
-
-    def measure(self) -> dict[str, float]:
-        """FLOP/s per precision, and bytes read and written per second."""
-        found = {}
-        for name, (a, b) in self.factors.items():
-            found[name] = 2 * len(a) ** 3 / median_of(5, lambda a=a, b=b: a @ b)
-        found["copy"] = 2 * self.block.numel() * 4 / median_of(5, lambda: self.target.copy_(self.block))
-        return found
-
-
-def median_of(n: int, call: Any) -> float:
-    """The median of n timings, seconds, after one that is not counted."""
-    taken = []
-    for _ in range(n + 1):
-        started = time.perf_counter()
-        call()
-        if on_gpu():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions that a figure belongs to."""
-    import torchvision
-
-    return {
-        "device": device_name(torch.device("cuda" if on_gpu() else "cpu")),
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "mtl": version("crosstitch"),
-    }
-
-
-def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else the largest resident size that this process had."""
-    if on_gpu():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(pipe: Connection, kind: str, workload: str, tasks: int, keys: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arms import WORKLOADS
+from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 COUNTS = (1, 2, 4, 8, 16)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl.build import autocast_for, make_model, usable
+from mtl.auto import autocast_for, usable
+from mtl.build import make_model
 from mtl.checkpoint import load_weights, read_description
 from mtl.choices import choose, choose_sharing
 from mtl.classification import Classification

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import mtl
-from mtl import build
+from mtl import auto, build
 from mtl.config import RunConfig
 from mtl.data import Samples
 from mtl.decoding import Decoders
@@ -271,8 +271,8 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(folder: Path, worke
 
 
 def test_the_config_says_how_many_workers(config: Callable[..., RunConfig]) -> None:
-    assert build.resolved(config(3)).data.workers == 3
-    assert build.resolved(config("auto")).data.workers == min(16, usable_cores())
+    assert auto.resolved(config(3)).data.workers == 3
+    assert auto.resolved(config("auto")).data.workers == min(16, usable_cores())
     for wrong in (-1, "many", 1.5):
         with pytest.raises(mtl.ConfigError, match=r"data.workers"):
             config(wrong)

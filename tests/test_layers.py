@@ -62,6 +62,7 @@ RANK = {
     "evaluation": 7,
     "rundir": 7,
     "warm_start": 7,
+    "auto": 8,
     "trainer": 8,
     "build": 9,
     "conformance": 10,

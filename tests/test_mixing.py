@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import mtl
-from mtl import build, mixing
+from mtl import auto, build, mixing
 from mtl.hardware import memory_kept
 from mtl.mixing import mix
 
@@ -199,7 +199,7 @@ def test_where_nothing_compiles_training_goes_on_and_says_why(
         raise RuntimeError(*story)
 
     monkeypatch.setattr(mixing, "compiled_mix", broken)
-    monkeypatch.setattr(build, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(auto, "WORTH_COMPILING", 0)
     run = build.run(config(), None)
     run.tracker.close()
     assert run.config.compile == "none"
