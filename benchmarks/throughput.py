@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import SETTLE, WORKLOADS, Ours, on_gpu, serve
+from benchmarks.arms import SETTLE, Ours, serve
 from benchmarks.throughput_tables import COUNTS, tables
+from benchmarks.workloads import WORKLOADS, on_gpu
 from mtl.hardware import usable_cores
 
 MODES = ("train", "infer")
@@ -104,10 +105,10 @@ def _answer(pipe: Connection) -> Any:
     return value
 
 
-def measure(workload: str, tasks: int, arms: Arms, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(workload: str, tasks: int, arms: Arms, rounds: int, lasting: float, say: Callable[[str], None]) -> dict[str, Any]:
     """One cell of the table: every arm's seconds per step in every round, its peak of memory, and the machine's rates.
 
-    At most so many rounds, fewer where they take long.
+    At most so many rounds, fewer where they take longer than `lasting` seconds.
 
     Raises:
         RuntimeError: the framework's own arms failed, with their message.
@@ -135,7 +136,7 @@ def measure(workload: str, tasks: int, arms: Arms, rounds: int, say: Callable[[s
         seconds = sum((steps[turn] + min(SETTLE, steps[turn])) * taking[turn] for turn in taking)
         taken: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in running}
         rates = []
-        count = max(LEAST, min(rounds, int(CELL / seconds)))
+        count = max(LEAST, min(rounds, int(lasting / seconds)))
         say(f"  {', '.join(running)}: {count} rounds of about {seconds:.0f} s")
         for i in range(count):
             rates.append(machine.ask("measure"))
@@ -234,23 +235,29 @@ def run_all(plan: list[tuple[str, int]], given: argparse.Namespace, say: Callabl
         if why is None:
             say(f"{workload}, T = {tasks}: starting, and compiling ...")
             try:
-                cell = measure(workload, tasks, arms, given.rounds, say)
+                cell = measure(workload, tasks, arms, given.rounds, given.seconds, say)
             except RuntimeError as error:
                 why = str(error)
         if why is not None:
             result["left_out"].append({"workload": workload, "tasks": tasks, "why": why})
             say(f"{workload}, T = {tasks}: left out: {why}")
+            write(result, given.out)
             continue
         result["cells"].append(cell)
         say(f"{workload}, T = {tasks}: {time.monotonic() - started:.0f} s")
         for name, arm in cell["arms"].items():
             milliseconds = [1000 * statistics.median(arm[mode]) for mode in ("train", "infer")]
             say(f"  {name:14} {milliseconds[0]:9.1f} ms train {milliseconds[1]:9.1f} ms infer {arm['memory'] / 2**20:8.0f} MiB")
-        if given.out:
-            for cells in result.values():
-                cells.sort(key=lambda cell: (list(WORKLOADS).index(cell["workload"]), cell["tasks"]))
-            given.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, given.out)
     return result
+
+
+def write(result: dict[str, list[dict[str, Any]]], out: Path | None) -> None:
+    """What there is so far, in the order of the tables, where it is to be kept."""
+    for cells in result.values():
+        cells.sort(key=lambda cell: (list(WORKLOADS).index(cell["workload"]), cell["tasks"]))
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def counts(text: str) -> list[int]:
@@ -275,6 +282,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS), help="may be given again (default: all)")
     parser.add_argument("--tasks", type=counts, metavar="T,T,...", help="(default: 1,2,4,8,16; with --profile: 2)")
     parser.add_argument("--rounds", type=int, help=f"at most, {LEAST} where they take long (default: 7; quick: {LEAST})")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=CELL,
+        metavar="S",
+        help="after which no round begins beyond the third (default: %(default)s)",
+    )
     parser.add_argument("--longest", type=float, default=LONGEST, metavar="S", help="seconds of a cell (default: %(default)s)")
     parser.add_argument("--arms", type=named_arms, metavar="ARM,...", help="stitched, unshared and these only")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="of the peers' DataLoader (default: %(default)s)")
