@@ -288,7 +288,7 @@ def test_stochastic_depth_of_a_whole_batch_drops_towers_apart() -> None:
 def test_every_network_of_torchvision_is_on_record_and_exact() -> None:
     recorded = json.loads((batching.RESULTS / "batching.json").read_text())["rows"]
     missing = set(networks()) - {row["network"] for row in recorded}
-    assert missing <= {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}, "these take 15 GiB and more"
+    assert missing <= {"vit_l_16"}, "whose comparison took more than the 24 GB of the machine"
     for row in recorded:
         assert row["reason"] is None
         if "left_out" in row:  # for lack of memory, and never a whole family
