@@ -291,8 +291,8 @@ def test_every_network_of_torchvision_is_on_record_and_exact() -> None:
     assert missing <= {"vit_l_16"}, "whose comparison took more than the 24 GB of the machine"
     for row in recorded:
         assert row["reason"] is None
-        if "left_out" in row:  # for lack of memory, and never a whole family
-            assert any(other["family"] == row["family"] and "left_out" not in other for other in recorded)
+        if "left_out" in row:
+            assert row["parameters"] * batching.BYTES > 24 * 2**30, "only for lack of memory"
             continue
         assert all(Gap(*row[what]).relative < 1e-9 for what in batching.WHAT), row["network"]
     fresh = batching.compare("shufflenet_v2_x0_5", side=32)
