@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mtl.build import train as train
     from mtl.classification import Classification as Classification
     from mtl.classification import ClassificationOptions as ClassificationOptions
+    from mtl.comparison import Comparison as Comparison
+    from mtl.comparison import compare as compare
     from mtl.config import DataConfig as DataConfig
     from mtl.config import InitFrom as InitFrom
     from mtl.config import RunConfig as RunConfig
@@ -71,6 +73,7 @@ _HOME = {
     "batches": ("Augment",),
     "build": ("dry_run", "evaluate_run", "train"),
     "classification": ("Classification", "ClassificationOptions"),
+    "comparison": ("Comparison", "compare"),
     "config": ("DataConfig", "InitFrom", "RunConfig", "load_config"),
     "conformance": ("Check", "check_task"),
     "cross_stitch": ("CrossStitch", "CrossStitchUnit"),

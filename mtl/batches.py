@@ -83,10 +83,18 @@ class Feed:
         accumulate: micro-batches per step.
         seed: of the run.
         augment: applied to images.
+        epoch_steps: length of an epoch; None: one pass over the largest dataset. A longer one goes on with further passes, each
+            in an order of its own; a shorter one sees a part, another one each time.
     """
 
     def __init__(
-        self, samples: Mapping[str, Samples], batch_size: int, accumulate: int, seed: int, augment: Augment | None = None
+        self,
+        samples: Mapping[str, Samples],
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        augment: Augment | None = None,
+        epoch_steps: int | None = None,
     ) -> None:
         self.samples = {name: samples[name] for name in sorted(samples)}
         self.augment = augment or Augment()
@@ -98,7 +106,7 @@ class Feed:
         self.seed = seed
         self.accumulate = accumulate
         longest = max(len(part) for part in self.samples.values())
-        self.bounds = batch_bounds(longest, batch_size)
+        self.bounds = batch_bounds(longest if epoch_steps is None else epoch_steps * accumulate * batch_size, batch_size)
         self.steps_per_epoch = math.ceil(len(self.bounds) / accumulate)
 
     def epoch(self, epoch: int) -> Iterator[Step]:

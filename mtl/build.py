@@ -7,11 +7,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.auto import autocast, choose_execution, compile_units, resolved
@@ -21,7 +22,7 @@ from mtl.batches import Feed
 from mtl.checkpoint import load_weights, read_description
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
-from mtl.data import Samples, Split, data_root, fit_heads, load_splits
+from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
@@ -79,7 +80,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         standardize.fit(samples[Split.TRAIN][name])
     start_from(model, {task: source(task, given) for task, given in config.init_from.items()})
     model.freeze(config.optim.freeze)
-    feed = Feed(samples[Split.TRAIN], config.batch_size, config.optim.accumulate, config.seed, config.data.augment)
+    feed = make_feed(config, samples[Split.TRAIN])
     balancer = make_balancer(config.balancer, tasks).to(config.device)
     exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
     optimizer = make_optimizer(config.optim, model, exchange, balancer.optimised(), config.sharing.unit_lr_factor)
@@ -110,6 +111,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         autocast=autocast(config),
         tracker=TensorBoard(directory / "tb"),
         rows=Rows(directory / "metrics.jsonl"),
+        exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),
         decoders=decoders,
         notes=[*why_not, *notes],
@@ -155,10 +157,17 @@ def load_data(
             config.device,
             splits,
             decoders,
+            Portion(config.data.fraction, config.data.labelled),
         )
         for split, part in parts.items():
             samples[split][name] = part
     return samples
+
+
+def make_feed(config: RunConfig, training: Mapping[str, Samples]) -> Feed:
+    """The batches of a config's epochs."""
+    accumulate, augment = config.optim.accumulate, config.data.augment
+    return Feed(training, config.batch_size, accumulate, config.seed, augment, config.epoch_steps)
 
 
 def input_shape(training: Mapping[str, Samples]) -> tuple[int, ...]:
@@ -228,21 +237,47 @@ def evaluate_run(
     for what, name, known in (("split", split, tuple(Split)), ("weights", weights, ("best", "last"))):
         if name not in known:
             raise ConfigError([unknown(what, name, known)])
-    config = load(directory / "config.yaml")
-    placed = config.data.model_copy(update={"root": data}) if data is not None else config.data
-    config = resolved(config.replaced(device=device, data=placed, init_from={}))
-    file = directory / "checkpoints" / f"{weights}.safetensors"
-    tasks = restore_heads(make_tasks(config), read_description(file))
+    config, tasks = reopened(directory, device, data, weights)
     with make_decoders(config) as decoders, memory_kept():
         samples = load_data(config, tasks, [Split(split)], decoders)[Split(split)]
         if not samples:
             raise DataError(f"this run has no {split} split")
-        model = model_of(config, tasks, input_shape(samples), pretrained=False)
-        load_weights(file, model)
-        if config.execution == "batched" and torch.device(config.device).type == "cuda":
-            model.execution = Batched()
+        model = model_with_weights(directory, config, tasks, input_shape(samples), weights)
         figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}
+
+
+def reopened(
+    directory: Path, device: str, data: str | Path | None = None, weights: str = "best"
+) -> tuple[RunConfig, list[Task]]:
+    """A run's config for this machine, and its tasks with what their heads took from the training data.
+
+    Args:
+        directory: of the run.
+        device: to compute on.
+        data: folder of the datasets; None: where the run found them.
+        weights: "best" or "last".
+    """
+    config = load(directory / "config.yaml")
+    placed = config.data.model_copy(update={"root": data}) if data is not None else config.data
+    config = resolved(config.replaced(device=device, data=placed, init_from={}))
+    return config, restore_heads(make_tasks(config), read_description(weights_file(directory, weights)))
+
+
+def model_with_weights(
+    directory: Path, config: RunConfig, tasks: list[Task], shape: tuple[int, ...], weights: str = "best"
+) -> MultiTaskModel:
+    """The network of a run that was `reopened`, for samples of `shape`, with its weights."""
+    model = model_of(config, tasks, shape, pretrained=False)
+    load_weights(weights_file(directory, weights), model)
+    if config.execution == "batched" and torch.device(config.device).type == "cuda":
+        model.execution = Batched()
+    return model
+
+
+def weights_file(directory: Path, weights: str) -> Path:
+    """Where a run's weights are."""
+    return directory / "checkpoints" / f"{weights}.safetensors"
 
 
 def restore_heads(tasks: Sequence[Task], description: Mapping[str, Any]) -> list[Task]:
@@ -251,14 +286,79 @@ def restore_heads(tasks: Sequence[Task], description: Mapping[str, Any]) -> list
     return [replace(task, head=task.head.restored(written[task.name])) for task in tasks]
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a config comes to, before anything is trained.
+
+    Args:
+        tasks: with what their heads took from the training data.
+        shape: of one sample.
+        points: layer points of the network, in order.
+        samples: split -> dataset -> how many.
+        labelled: task -> training samples with its label.
+        epoch_steps: updates in an epoch.
+    """
+
+    tasks: list[Task]
+    shape: tuple[int, ...]
+    points: tuple[str, ...]
+    samples: dict[str, dict[str, int]]
+    labelled: dict[str, int]
+    epoch_steps: int
+
+
+def survey(config: RunConfig) -> Survey:
+    """Load the data of a resolved config and build its network, and forget both again.
+
+    Raises:
+        MTLError: as `train` does before training.
+    """
+    with make_decoders(config) as decoders:
+        tasks = make_tasks(config)
+        samples = load_data(config, tasks, decoders=decoders)
+        training = samples[Split.TRAIN]
+        tasks = fit_heads(tasks, training)
+        shape = input_shape(training)
+        model = model_of(config, tasks, shape, pretrained=False)
+        return Survey(
+            tasks=tasks,
+            shape=shape,
+            points=tuple(point.name for point in model.points[:-1]),
+            samples={split: {name: len(part) for name, part in parts.items()} for split, parts in samples.items()},
+            labelled={task.name: _samples_with_label(training[task.dataset], task.name) for task in tasks},
+            epoch_steps=make_feed(config, training).steps_per_epoch,
+        )
+
+
+def _samples_with_label(part: Samples, task: str) -> int:
+    mask = part.valid[task]
+    return len(part) if mask is None else int(mask.reshape(len(part), -1).any(1).sum())
+
+
+def parameters_and_flops(config: RunConfig, tasks: list[Task], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Numbers that a config's network trains, and FLOPs (2 per multiply-add) of a forward pass of one image per dataset."""
+    model = model_of(config, tasks, shape, pretrained=False)
+    model.freeze(config.optim.freeze)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, forward_flops(model, {name: torch.zeros(1, *shape, device=config.device) for name in model.inputs})
+
+
+def forward_flops(model: MultiTaskModel, images: Mapping[str, Tensor]) -> int:
+    """FLOPs (2 per multiply-add) of a forward pass in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        model(images)
+    model.train(was_training)
+    return int(forward.get_total_flops())
+
+
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Build a run, take one step, and say what it consists of. Leaves no run directory."""
     with tempfile.TemporaryDirectory() as folder, closing(run(config, Path(folder) / "run")) as ready:
         step = next(ready.feed.epoch(1))
         images = {batch.dataset: batch.images for batch in step[0]}
-        ready.model.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as forward:
-            ready.model({name: x[:1] for name, x in images.items()})
+        flops = forward_flops(ready.model, {name: x[:1] for name, x in images.items()})
         ready.model.train()
         started = time.monotonic()
         losses = train_step(ready, step).tolist()
@@ -272,7 +372,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "parameters": model.parameter_count(),
         "parameters_frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
         "parameters_exchange": sum(p.numel() for unit in model.exchange().values() for p in unit.parameters()),
-        "flops_forward_per_image": forward.get_total_flops(),
+        "flops_forward_per_image": flops,
         "steps": min(ready.feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize),
         "first_step_loss": dict(zip([task.name for task in model.tasks], losses, strict=False)),
         "first_step_seconds": round(seconds, 4),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,6 +113,10 @@ class Classification(DataclassHead):
     def predictions(self, output: Tensor) -> Tensor:
         """Index of the largest logit, (B,)."""
         return output.argmax(dim=1)
+
+    def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Log of the mean probabilities, (B, C)."""
+        return torch.stack([output.float().softmax(1) for output in outputs]).mean(0).log()
 
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """The most probable class and its probability, per sample."""

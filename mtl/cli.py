@@ -1,4 +1,4 @@
-"""The command line: `mtl train`, `evaluate`, `predict`, `check-plugin`, `tasks`, `backbones`,
+"""The command line: `mtl train`, `compare`, `evaluate`, `predict`, `check-plugin`, `tasks`, `backbones`,
 `config schema`.
 
 A user error ends with exit status 2 and one message, never a traceback. With `--json` standard output holds exactly one JSON
@@ -82,6 +82,68 @@ def train(
         show(result, as_json)
     else:
         print_result(result)
+
+
+@app.command()
+def compare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What all arms have in common; see examples/configs/.")],
+    overrides: Overrides = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, separated by commas, or a YAML file with a list of them and of mappings {name: overrides}. Default: "
+            "single_task,hard_shared,unshared,cross_stitch."
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="NAME:KEY=VALUE", help="One of your own, as in 'wide:backbone.width=2'.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many, counted from the config's seed.")] = 3,
+    fractions: Annotated[
+        str | None,
+        typer.Option(metavar="F,F,...", help="Shares of the training data, as in 0.01,0.1,1. Default: the config's."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="ARM", help="The arm that others are compared with. Default: unshared, if it is there."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where everything goes, and what is there is used again. Default: under runs/."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Train every arm with every seed, and report what sharing does. The same command again goes on where it was cut."""
+    with json_only(as_json):
+        load_plugins(plugin)
+        from mtl.arms import DEFAULT, listed
+        from mtl.comparison import compare as run_all
+        from mtl.config import load
+        from mtl.progress import for_terminal
+
+        if arms is not None and arms.endswith((".yaml", ".yml")):
+            wanted = listed(Path(arms))
+        else:
+            wanted = [name for name in arms.split(",") if name] if arms is not None else [*DEFAULT] if not arm else []
+        loaded = load(config, overrides or [])
+        found = run_all(
+            loaded,
+            [*wanted, *(arm or [])],
+            seeds,
+            fractions=numbers(fractions) if fractions is not None else None,
+            reference=reference,
+            out=out if out is not None else Path("runs") / f"compare-{Path(config).stem}-{loaded.digest()}",
+            jobs=jobs,
+            plugins=plugin or [],
+            progress=for_terminal(),
+        )
+    if as_json:
+        show({"directory": found.directory, **found.results}, as_json)
+        return
+    print_comparison(found.results)
+    print(f"{found.directory}: report.html, report.md, results.json")
 
 
 @app.command()
@@ -344,6 +406,43 @@ def brief(said: dict[str, Any]) -> str:
     texts = [f"{texts[0]} {unit}", *texts[2:]] if unit else texts
     others = ", ".join(f"{key} {text}" for key, text in zip([*shown][1:], texts[1:], strict=True))
     return f"{texts[0]} ({others})" if others else texts[0] if texts else json.dumps(said)
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    from mtl.errors import ConfigError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError([f"--fractions {text!r} is not a list of numbers such as 0.01,0.1,1"], source="mtl compare") from None
+
+
+def print_comparison(results: dict[str, Any]) -> None:
+    """A table of scores and differences for each share of the data, and the answer."""
+    from mtl.report import answers, in_points, notes, plus_minus
+
+    tasks, reference = results["tasks"], results["reference"]
+    for said in results["findings"]:
+        share = f", {100 * said['fraction']:g} % of the training data" if len(results["findings"]) > 1 else ""
+        rows = [["test score" + share, "seeds", "mean of tasks", *tasks, f"points over {reference}", "p", "parameters"]]
+        for name, of in said["arms"].items():
+            d = of.get("difference", {}).get("mean")
+            scores = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
+            p, parameters = "" if d is None else f"{d['p']:.2g}", f"{of['cost']['parameters']:,.0f}"
+            rows.append([name, str(len(of["seeds"])), plus_minus(of["mean"]), *scores, in_points(d), p, parameters])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for first, *others in rows:
+            print(
+                f"{first:{widths[0]}}", *[f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)], sep="  "
+            )
+        print()
+    for sentence in [*answers(results), *notes(results)]:
+        print(sentence)
 
 
 def print_result(result: dict[str, Any]) -> None:

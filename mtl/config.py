@@ -51,6 +51,12 @@ class DataConfig(Options):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Processes that decode image files; 0: the training process does, and waits for it. What is in memory needs none. Batches
     do not depend on it. auto: as many as there are cores to use, at most 16."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training samples that is used, once validation samples are held out: every combination of integer labels in
+    proportion, a smaller share part of a larger one, and the same whatever the run's seed and tasks."""
+    labelled: dict[str, Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    """Task -> how many of its training labels are used (a count, or a share as a number with a point); the others are taken for
+    missing. A sample on which no task of the run has a label is left out."""
     datasets: dict[str, Any] = Field(default_factory=dict)
     """Options of datasets, by dataset name."""
 
@@ -123,6 +129,9 @@ class RunConfig(Options):
     """Passes over the training split (the largest one, where there are several datasets)."""
     max_steps: int | None = Field(None, ge=1)
     """End after this many updates, if that comes before `epochs`."""
+    epoch_steps: int | None = Field(None, ge=1)
+    """Updates in an epoch, after each of which the validation split is read; null: as many as one pass over the training split
+    (the largest one) takes."""
     batch_size: int = Field(128, ge=2)
     """Samples of each dataset in a batch."""
     patience: int | None = Field(None, ge=1)
@@ -172,6 +181,8 @@ class RunConfig(Options):
         names = [task.name for task in self.tasks]
         if wrong := [name for name in self.init_from if name not in names]:
             raise ValueError(f"init_from: {unknown('task', wrong[0], names)}")
+        if wrong := [name for name in self.data.labelled if name not in names]:
+            raise ValueError(f"data.labelled: {unknown('task', wrong[0], names)}")
         return self
 
     @model_validator(mode="after")

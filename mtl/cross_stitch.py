@@ -149,6 +149,11 @@ class CrossStitchUnit(ExchangeUnit):
                 norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 3)) / math.sqrt(size)
                 return norms
 
+    @torch.no_grad()
+    def channels(self) -> Tensor | None:
+        """(T, T, C): alpha, of granularity `channel`."""
+        return self.alpha.detach() if self.granularity == "channel" else None
+
     @property
     def coupling_label(self) -> str:
         """What stands in a cell."""

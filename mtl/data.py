@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from mtl.files import FileImages
 from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
 from mtl.seeding import permutation
+from mtl.subsets import how_many, stratified
 from mtl.task import Task, check_name
 
 if TYPE_CHECKING:
@@ -77,6 +78,18 @@ class Samples:
             yield self.images[start:stop] if order is None else self.images[order[start:stop]]
 
 
+@dataclass(frozen=True)
+class Portion:
+    """How much of the training data is used: the same samples whatever the run's seed and its other tasks.
+
+    `fraction` is the share of the training samples, and `labelled` says of a task how many of its labels are (a count, or a
+    share as a float). Both are stratified and nested (`mtl.subsets`).
+    """
+
+    fraction: float = 1.0
+    labelled: Mapping[str, int | float] = field(default_factory=dict)
+
+
 def data_root(configured: str | Path | None = None) -> Path:
     """Where datasets live: the config's `data.root`, else the environment's MTL_DATA_ROOT, else `./data`."""
     return Path(configured or os.environ.get("MTL_DATA_ROOT") or "data")
@@ -92,6 +105,7 @@ def load_splits(
     device: torch.device | str,
     splits: Sequence[Split] = tuple(Split),
     decoders: Decoders | None = None,
+    portion: Portion | None = None,
 ) -> dict[Split, Samples]:
     """Load, check and move the splits of a dataset.
 
@@ -103,6 +117,7 @@ def load_splits(
         splits: which ones are wanted.
         split_seed: decides which samples are held out: the same for every arm and seed of a comparison.
         decoders: who reads image files; None: this process, when they are asked for.
+        portion: how much of the training data is used, once validation samples are held out; None: all of it.
 
     Returns:
         Of those wanted: `TRAIN`, `VAL` unless `validation` is 0, and `TEST` where the dataset declares it.
@@ -119,7 +134,7 @@ def load_splits(
     if validation and Split.VAL in splits and Split.VAL not in declared:
         needed.add(Split.TRAIN)
     parts = {split: load_dataset(plugin, split, root, options) for split in Split if split in needed}
-    return checked_splits(name, parts, tasks, validation, split_seed, device, splits, decoders)
+    return checked_splits(name, parts, tasks, validation, split_seed, device, splits, decoders, portion)
 
 
 def checked_splits(
@@ -131,13 +146,26 @@ def checked_splits(
     device: torch.device | str,
     splits: Sequence[Split] = tuple(Split),
     decoders: Decoders | None = None,
+    portion: Portion | None = None,
 ) -> dict[Split, Samples]:
-    """What `load_splits` makes of a dataset's splits: validation carved from training where there is none, checked, moved."""
+    """What `load_splits` makes of a dataset's splits: validation carved from training where there is none, the portion that is
+    used, checked, moved. Training samples on which no task has a label are left out.
+    """
     parts = dict(parts)
+    masks: dict[Split, Masks] = {split: {task.name: _labelled(parts[split], task) for task in tasks} for split in parts}
+    if Split.TRAIN in parts:
+        _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, masks[Split.TRAIN], "cpu")  # whole: positions are the plugin's own
     if validation and Split.TRAIN in parts and Split.VAL not in parts:
-        _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, "cpu")  # whole, so that positions are the plugin's own
-        parts[Split.TRAIN], parts[Split.VAL] = _carve(name, parts[Split.TRAIN], validation, split_seed)
-    samples = {split: _check(name, split, parts[split], tasks, device, decoders) for split in splits if split in parts}
+        kept, held_out = _carve(name, parts[Split.TRAIN], validation, split_seed)
+        parts[Split.VAL], masks[Split.VAL] = _subset(parts[Split.TRAIN], masks[Split.TRAIN], held_out)
+        parts[Split.TRAIN], masks[Split.TRAIN] = _subset(parts[Split.TRAIN], masks[Split.TRAIN], kept)
+    if Split.TRAIN in splits:
+        parts[Split.TRAIN], masks[Split.TRAIN] = _used(
+            name, parts[Split.TRAIN], tasks, masks[Split.TRAIN], portion or Portion(), split_seed
+        )
+    samples = {
+        split: _check(name, split, parts[split], tasks, masks[split], device, decoders) for split in splits if split in parts
+    }
     described = {split: (part.shape, part.images.dtype) for split, part in samples.items()}
     if len(set(described.values())) > 1:
         found = ", ".join(f"{split} {shape} {dtype}" for split, (shape, dtype) in described.items())
@@ -168,17 +196,72 @@ def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | No
     return data
 
 
-def _carve(name: str, train: Dataset, validation: int | float, seed: int) -> tuple[Dataset, Dataset]:
+Masks = Mapping[str, Tensor]
+"""Task -> bool, (N,) or of the labels' shape: where a sample has its label."""
+
+
+def _labelled(data: Dataset, task: Task) -> Tensor:
+    return data.valid.get(task.target, torch.ones(len(data), dtype=torch.bool))
+
+
+def _subset(data: Dataset, masks: Masks, index: Tensor) -> tuple[Dataset, dict[str, Tensor]]:
+    return data.subset(index), {task: mask[index] for task, mask in masks.items()}
+
+
+def _used(name: str, train: Dataset, tasks: Sequence[Task], masks: Masks, portion: Portion, seed: int) -> tuple[Dataset, Masks]:
+    """What a run trains on of what is left beside validation, and its labels.
+
+    Raises:
+        DataError: more labels wanted than there are.
+    """
+    if portion.fraction < 1:
+        strata = [_stratum(train, target) for target in sorted(train.labels) if _in_strata(train, target)]
+        everything = torch.arange(len(train))
+        count = max(2, how_many(float(portion.fraction), len(train)))
+        train, masks = _subset(train, masks, stratified(strata, everything, count, seed, "fraction", name))
+    masks = dict(masks)
+    for task in tasks:
+        if (wanted := portion.labelled.get(task.name)) is None:
+            continue
+        having = masks[task.name].reshape(len(train), -1).any(1).nonzero().flatten()
+        count = max(1, how_many(wanted, len(having)))
+        if count > len(having):
+            raise DataError(
+                f"data.labelled: {count} labels of task {task.name!r} are wanted, and {len(having)} training samples of "
+                f"dataset {name!r} carry one; ask for fewer, or for a share such as 0.5"
+            )
+        strata = [_stratum(train, task.target)] if _in_strata(train, task.target) else []
+        chosen = torch.zeros(len(train), dtype=torch.bool)
+        chosen[stratified(strata, having, count, seed, "labelled", name, task.target)] = True
+        masks[task.name] = masks[task.name] & chosen.view(-1, *[1] * (masks[task.name].ndim - 1))
+    any_label = torch.stack([mask.reshape(len(train), -1).any(1) for mask in masks.values()]).any(0)
+    if any_label.all() or not any_label.any():
+        return train, masks
+    return _subset(train, masks, any_label.nonzero().flatten())
+
+
+def _in_strata(data: Dataset, target: str) -> bool:
+    labels = data.labels[target]
+    return labels.ndim == 1 and not labels.is_floating_point()
+
+
+def _stratum(data: Dataset, target: str) -> Tensor:
+    """A sample's label of this target as an integer; -1 where it has none."""
+    labels, mask = data.labels[target].long(), data.valid.get(target)
+    return labels if mask is None or mask.ndim > 1 else torch.where(mask, labels, -1)
+
+
+def _carve(name: str, train: Dataset, validation: int | float, seed: int) -> tuple[Tensor, Tensor]:
+    """The positions that stay and those that are held out, ascending."""
     total = len(train)
-    count = validation if isinstance(validation, int) else round(validation * total)
+    count = how_many(validation, total)
     if not 0 < count <= total - 2:
         raise DataError(
             f"dataset {name!r}: data.validation={validation} holds out {count} of {total} training images; at least one must "
             "be held out and two must stay; use a share such as 0.1, or 0 to select the last epoch"
         )
     order = permutation(total, seed, "validation", name)
-    held_out, kept = order[:count].sort().values, order[count:].sort().values
-    return train.subset(kept), train.subset(held_out)
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def _check(
@@ -186,6 +269,7 @@ def _check(
     split: Split,
     data: Dataset,
     tasks: Sequence[Task],
+    masks: Masks,
     device: torch.device | str,
     decoders: Decoders | None = None,
 ) -> Samples:
@@ -199,8 +283,7 @@ def _check(
     for task in tasks:
         if task.target not in data.labels:
             raise DataError(f"{where}: task {task.name!r} wants " + unknown("target", task.target, data.labels))
-        labels = data.labels[task.target]
-        seen = data.valid.get(task.target, torch.ones(len(labels), dtype=torch.bool))
+        labels, seen = data.labels[task.target], masks[task.name]
         try:
             target = task.head.targets(labels, seen)
             if not seen.any():

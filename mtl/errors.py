@@ -22,6 +22,11 @@ class ConfigError(MTLError):
         noun = "problem" if len(self.problems) == 1 else "problems"
         lines = "".join(f"\n  {line}" for line in self.problems)
         super().__init__(f"{source}: {len(self.problems)} {noun}{lines}")
+        self.source = source
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...], str]]:
+        """Between processes an error travels by its arguments."""
+        return type(self), (self.problems, self.source)
 
 
 class PluginError(MTLError):
@@ -34,6 +39,10 @@ class DataError(MTLError):
 
 class RunError(MTLError):
     """A run directory that cannot be written, read or continued."""
+
+
+class DivergedError(RunError):
+    """A training whose loss is no longer finite."""
 
 
 def listing(names: Iterable[str], limit: int = 12) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from mtl.batches import Batch, first, in_order
 from mtl.data import Samples
 from mtl.errors import DataError, MTLError, PluginError
 from mtl.metrics import Meter
-from mtl.model import MultiTaskModel
+from mtl.model import MultiTaskModel, Outputs
 from mtl.task import Task
 
 TaskFigures = dict[str, Any]
@@ -41,9 +41,21 @@ def summed_loss(task: Task, output: Tensor, batch: Batch) -> Tensor:
     return loss.flatten(1).mean(1).sum() if loss.ndim > 1 else loss.sum()
 
 
+class Predictor(Protocol):
+    """What can be evaluated: a `MultiTaskModel`, or several of them as one."""
+
+    tasks: tuple[Task, ...]
+    training: bool
+
+    def __call__(self, images: Mapping[str, Tensor]) -> Outputs: ...
+    def present(self, datasets: Sequence[str]) -> list[Task]: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
 @torch.no_grad()
 def evaluate(
-    model: MultiTaskModel,
+    model: Predictor,
     samples: Mapping[str, Samples],
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -61,7 +73,7 @@ def evaluate(
 
 
 def _evaluate_dataset(
-    model: MultiTaskModel, part: Samples, batch_size: int, autocast: Callable[[], AbstractContextManager[Any]]
+    model: Predictor, part: Samples, batch_size: int, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> dict[str, TaskFigures]:
     tasks = model.present([part.dataset])
     meters = {task.name: Meter(task.all_metrics, task.head.labelled, part.images.device) for task in tasks}

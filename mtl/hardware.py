@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -77,6 +77,28 @@ def memory_kept() -> Iterator[None]:
             for key, value in USUAL:
                 libc.mallopt(key, value)
             libc.malloc_trim(0)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin to measure the peak of memory anew, where the system lets a process do so (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that was allocated on a CUDA device, else the largest resident size that this process had, since
+    `forget_peak_memory`. None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _cpuinfo(key: str) -> str:

@@ -73,6 +73,12 @@ class Head(ABC):
         """
         return self
 
+    def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Several models' outputs for the same samples as one, for an ensemble. Default: their mean; where outputs are logits,
+        those of the mean probabilities.
+        """
+        return torch.stack(list(outputs)).mean(0)
+
     def labelled(self, predictions: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """What the metrics receive where some labels are missing. Default: the predictions and targets that are `valid`."""
         return predictions[valid], target[valid]

@@ -89,6 +89,10 @@ class MultiLabel(DataclassHead):
         some = seen.any(dim=1)
         return predictions[some], target.masked_fill(~seen, MISSING)[some]
 
+    def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Logits of the mean probabilities, of the outputs' shape."""
+        return torch.stack([output.float().sigmoid() for output in outputs]).mean(0).logit(eps=1e-7)
+
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """The classes that are present, and the probability of every one, per sample."""
         return [

@@ -91,6 +91,10 @@ class Ordinal(DataclassHead):
         """How many thresholds the score is above: the class index, (B,)."""
         return (output > 0).sum(dim=1)
 
+    def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Logits of the mean probabilities, of the outputs' shape."""
+        return torch.stack([output.float().sigmoid() for output in outputs]).mean(0).logit(eps=1e-7)
+
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """The class, the probability that it is neither lower nor higher, and the expected class index, per sample."""
         above = output.float().sigmoid()

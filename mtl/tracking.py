@@ -47,6 +47,18 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
+def log_hparams(folder: Path, settings: Mapping[str, str | float], figures: Mapping[str, float]) -> None:
+    """A row of TensorBoard's HParams tab, in an event file of its own: what was set, and what came of it."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    with SummaryWriter(str(folder)) as writer:
+        for summary in hparams(dict(settings), dict(figures)):
+            writer.file_writer.add_summary(summary)
+        for name, value in figures.items():
+            writer.add_scalar(name, value)
+
+
 class Rows:
     """`metrics.jsonl`: one row per epoch, split and task, on disk as soon as it is written."""
 

@@ -29,13 +29,14 @@ from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
 from mtl.decoding import Decoders
-from mtl.errors import RunError
+from mtl.errors import DivergedError
 from mtl.evaluation import TaskFigures, evaluate, mean_score, summed_loss
 from mtl.files import FileImages
-from mtl.hardware import memory_kept
+from mtl.hardware import forget_peak_memory, memory_kept, peak_memory
 from mtl.model import MultiTaskModel, Outputs
 from mtl.optim import L2, lay_out_gradients
 from mtl.progress import Progress
+from mtl.rundir import write_whole
 from mtl.seeding import seeded
 from mtl.standardize import Standardize
 from mtl.tracking import Rows, Tracker, draw_coupling
@@ -60,6 +61,7 @@ class Run:
     autocast: Callable[[], AbstractContextManager[Any]]
     tracker: Tracker
     rows: Rows
+    exchange_rows: Rows
     progress: Progress
     decoders: Decoders
     notes: list[str] = field(default_factory=list)
@@ -99,7 +101,9 @@ class State:
 class RunResult:
     """What a run came to. `val` and `test` are {task: {metric: value}} and `score`; None where there is no such split.
 
-    `seconds` are those of training, validation and test; `warm_up_seconds`, of compiling, came before them.
+    `seconds` are those of training, validation and test; `warm_up_seconds`, of compiling, came before them, and
+    `training_seconds` are those of optimizer steps alone. `peak_memory_bytes` is the most that the run held: of the GPU's
+    memory, or of this process's (resident, libraries included); None where the system does not tell.
     """
 
     run_dir: str
@@ -108,6 +112,8 @@ class RunResult:
     seconds: float
     images_per_second: float
     warm_up_seconds: float
+    training_seconds: float
+    peak_memory_bytes: int | None
     parameters: int
     parameters_frozen: int
     val: dict[str, Any] | None
@@ -200,9 +206,11 @@ def fit(run: Run) -> RunResult:
     """Train a run to its end, write its files, and read the test split once, with the selected weights.
 
     Raises:
-        RunError: a loss is no longer finite; weights of the epochs before stay on disk, as they do after Ctrl-C.
+        DivergedError: a loss is no longer finite; weights of the epochs before stay on disk, as they do after Ctrl-C.
     """
     config, state, started = run.config, State(), time.monotonic()
+    device = torch.device(config.device)
+    forget_peak_memory(device)
     with run.progress, closing(run), seeded(config.seed, "training"), memory_kept():
         for line in [opening_line(run), *run.notes]:
             run.progress.line(line)
@@ -210,7 +218,7 @@ def fit(run: Run) -> RunResult:
             run.progress.line(f"{task} starts from {start.task or task} of {start.path} ({start.weights}, {start.digest})")
         for line in file_lines(run):
             run.progress.line(line)
-        log_exchange(run, state.steps, pictures=True)
+        log_exchange(run, state, pictures=True)
         try:
             while not finished(run, state):
                 train_and_validate(run, state)
@@ -226,6 +234,8 @@ def fit(run: Run) -> RunResult:
         seconds=round(time.monotonic() - started, 3),
         images_per_second=round(state.images / state.training_seconds, 1),
         warm_up_seconds=round(run.warm_up_seconds, 3),
+        training_seconds=round(state.training_seconds, 3),
+        peak_memory_bytes=peak_memory(device),
         parameters=run.model.parameter_count(),
         parameters_frozen=sum(p.numel() for p in run.model.parameters() if not p.requires_grad),
         val=state.best,
@@ -239,7 +249,7 @@ def fit(run: Run) -> RunResult:
         compile=config.compile,
         config_digest=config.digest(),
     )
-    (run.directory / "result.json").write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
+    write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
     return result
 
 
@@ -263,7 +273,7 @@ def train_and_validate(run: Run, state: State) -> None:
     state.training_seconds += trained.seconds
     state.epoch = epoch
     log_epoch(run, state, trained, figures, score)
-    log_exchange(run, state.steps, pictures=epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
+    log_exchange(run, state, pictures=epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
     description = {**describe(run), "epoch": epoch}
     save_weights(run.directory / "checkpoints" / "last.safetensors", run.model, description, run.balancer)
     if score is None or score > state.best_score:  # without validation data the last epoch is the choice
@@ -325,7 +335,7 @@ def train_epoch(run: Run, epoch: int, most: int = sys.maxsize) -> Trained:
 def check_finite(run: Run, state: State, losses: Mapping[str, float | None]) -> None:
     """Complain about an epoch in which a loss is not a number any more, naming the tasks."""
     if bad := [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]:
-        raise RunError(
+        raise DivergedError(
             f"the loss of {', '.join(bad)} is not finite in epoch {state.epoch + 1}; {kept(run, state)}; try a lower "
             "optim.lr, or optim.clip_norm"
         )
@@ -371,20 +381,24 @@ def log_epoch(run: Run, state: State, trained: Trained, figures: Mapping[str, Ta
     run.rows.write(rows)
 
 
-def log_exchange(run: Run, step: int, pictures: bool) -> None:
-    """Log how strongly each task receives from each other at each layer point."""
-    names = [task.name for task in run.model.tasks]
+def log_exchange(run: Run, state: State, pictures: bool) -> None:
+    """Log how strongly each task receives from each other at each layer point, to the tracker and to `exchange.jsonl`."""
+    names, step = [task.name for task in run.model.tasks], state.steps
+    rows: list[dict[str, Any]] = []
     for point, unit in run.model.exchange().items():
         coupling = unit.coupling()
         if coupling is None:
             continue
         matrix = coupling.cpu().double().numpy()
+        rows.append({"epoch": state.epoch, "step": step, "point": point, "coupling": matrix.round(7).tolist()})
         pairs = {f"stitch/{point}/{t}_from_{s}": matrix[i, j] for i, t in enumerate(names) for j, s in enumerate(names)}
         run.tracker.scalars(pairs, step)
         if pictures:
             run.tracker.image(
                 f"stitch/{point}", draw_coupling(matrix, names, f"{unit.coupling_label}\n{point}, step {step}"), step
             )
+    if rows:
+        run.exchange_rows.write(rows)
 
 
 def opening_line(run: Run) -> str:

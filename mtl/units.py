@@ -40,6 +40,10 @@ class ExchangeUnit(nn.Module, ABC):
         """How strongly task t (row) receives from task s (column), (T, T), for logs; None where there is no such thing."""
         return None
 
+    def channels(self) -> Tensor | None:
+        """The same for each channel, (T, T, C), for reports; None where there is no such thing."""
+        return None
+
     @property
     def coupling_label(self) -> str:
         """What the numbers of `coupling` are, for the title of a picture."""

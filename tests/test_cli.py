@@ -205,7 +205,7 @@ def test_run_directory_holds_what_was_promised(trained: tuple[Path, Outcome]) ->
     [events] = [name for name in found if name.startswith("tb/")]
     assert (folder / events).stat().st_size > 0
     weights = {"checkpoints/best.safetensors", "checkpoints/last.safetensors"}
-    assert found - {events} == {"config.yaml", "env.json", "metrics.jsonl", "result.json"} | weights
+    assert found - {events} == {"config.yaml", "env.json", "metrics.jsonl", "exchange.jsonl", "result.json"} | weights
     assert json.loads((folder / "result.json").read_text()) == outcome.json
     env = json.loads((folder / "env.json").read_text())
     assert env["config_digest"] == outcome.json["config_digest"]

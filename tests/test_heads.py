@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import mtl
 from mtl.data import fit_heads, load_splits
 from mtl.metrics import Meter, score_of
+from mtl.task import make_task
 
 N = 40
 GENERATOR = torch.Generator().manual_seed(0)
@@ -430,10 +431,10 @@ def test_a_score_that_one_label_cannot_give_is_explained(tiny_config: dict[str, 
 
 
 def test_mean_and_deviation_are_those_of_the_labelled_training_targets_and_saved_with_the_weights() -> None:
-    tasks = [mtl.Task("four_kinds", "size", mtl.Regression(unit="mm"), name="four_size")]
+    tasks = [make_task("four_size"), make_task("four_a")]
     samples = load_splits("four_kinds", tasks, Path(), None, 0.25, 0, "cpu")
     train = samples[mtl.Split.TRAIN]
-    (task,) = fit_heads(tasks, {"four_kinds": train})
+    task, _ = fit_heads(tasks, {"four_kinds": train})
     mask = train.valid["four_size"]
     assert mask is not None
     assert 0.3 < mask.float().mean() < 0.9

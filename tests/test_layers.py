@@ -18,11 +18,21 @@ PLUGINS = sorted((ROOT / "tasks" / "mtl_tasks").glob("*.py"))
 
 RANK = {
     "errors": 0,
+    "findings": 1,
+    "figures": 0,
+    "ablation": 8,
+    "arms": 7,
+    "jobs": 10,
+    "analysis": 10,
+    "report": 2,
+    "comparison": 11,
     "hardware": 0,
     "label_metrics": 0,
     "progress": 0,
     "seeding": 0,
     "stacking": 0,
+    "stats": 0,
+    "subsets": 1,
     "tracking": 0,
     "units": 0,
     "wide": 0,
@@ -67,8 +77,8 @@ RANK = {
     "build": 9,
     "conformance": 10,
     "prediction": 10,
-    "cli": 11,
-    "__main__": 12,
+    "cli": 12,
+    "__main__": 13,
 }
 """A module imports from lower ranks only; `__init__` is exempt, since its table imports nothing until it is used."""
 

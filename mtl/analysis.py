@@ -1,0 +1,144 @@
+"""What finished runs say beside their test figures: how they learned, what an ensemble of them predicts, what their exchange
+does. Figures that take a pass over data are kept on disk, by the run's directory, and not computed twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtl.ablation import ablate
+from mtl.auto import autocast
+from mtl.build import input_shape, load_data, model_with_weights, reopened
+from mtl.config import RunConfig
+from mtl.data import Samples, Split
+from mtl.evaluation import evaluate
+from mtl.hardware import memory_kept
+from mtl.model import MultiTaskModel, Outputs
+from mtl.rundir import write_whole
+from mtl.task import Task
+
+QUANTILES = 65
+"""Points of the curve of a unit's values per channel, in order of size."""
+
+
+class Averaged(nn.Module):
+    """Several models of the same tasks as one, whose outputs are the average of theirs, as each head averages."""
+
+    def __init__(self, models: Sequence[MultiTaskModel]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.tasks = models[0].tasks
+
+    def present(self, datasets: Sequence[str]) -> list[Task]:
+        """The tasks of these datasets."""
+        return [task for task in self.tasks if task.dataset in datasets]
+
+    def forward(self, images: Mapping[str, Tensor]) -> Outputs:
+        """As a model's; features are those of the first."""
+        said = [model(images) for model in self.models]
+        averages = {
+            task.name: task.head.averaged([one.outputs[task.name] for one in said]) for task in self.present(list(images))
+        }
+        return Outputs(said[0].features, averages)
+
+
+class Analyst:
+    """Reads runs of one comparison.
+
+    Args:
+        folder: where figures are kept.
+        device: to compute on.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+        self._loaded: tuple[str, dict[Split, dict[str, Samples]]] | None = None
+
+    def ensemble(self, runs: Sequence[Path]) -> dict[str, Any]:
+        """{task: figures} on the test split of runs of the same tasks, averaged."""
+        name = "ensemble-" + "+".join(run.name.rpartition("-")[2] for run in runs)
+        return self._kept(name, lambda: self._ensemble(runs))
+
+    def exchange(self, run: Path) -> dict[str, Any] | None:
+        """Of a run's exchange units, by layer point: `coupling` over epochs, `channels` in order of size, and `falls`, the
+        ablation on validation data (test data where there are none); None where nothing is exchanged.
+        """
+        rows = trajectory(run)
+        if not rows:
+            return None
+        return {"coupling": rows, **self._kept(run.name, lambda: self._exchange(run))}
+
+    def _kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            pass
+        found = compute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(found) + "\n")
+        return found
+
+    def _samples(self, config: RunConfig, tasks: Sequence[Task]) -> dict[Split, dict[str, Samples]]:
+        """Validation and test samples; those of the last call are at hand."""
+        key = json.dumps([config.model_dump(mode="json")["data"], [task.name for task in tasks]], sort_keys=True)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = (key, load_data(config, list(tasks), (Split.VAL, Split.TEST)))
+        return self._loaded[1]
+
+    def _ensemble(self, runs: Sequence[Path]) -> dict[str, Any]:
+        models = []
+        for run in runs:
+            config, tasks = reopened(run, self.device)
+            samples = self._samples(config, tasks)[Split.TEST]
+            models.append(model_with_weights(run, config, tasks, input_shape(samples)))
+        with memory_kept():
+            return evaluate(Averaged(models), samples, 2 * config.batch_size, autocast(config))
+
+    def _exchange(self, run: Path) -> dict[str, Any]:
+        config, tasks = reopened(run, self.device)
+        samples = self._samples(config, tasks)
+        split = Split.VAL if samples[Split.VAL] else Split.TEST
+        model = model_with_weights(run, config, tasks, input_shape(samples[split]))
+        with memory_kept():
+            falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config))
+        channels = {}
+        for point, unit in model.exchange().items():
+            if (values := unit.channels()) is not None:
+                at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+                curve = values.detach().cpu().double().quantile(at, dim=2)  # (Q, T, T)
+                channels[point] = curve.permute(1, 2, 0).tolist()
+        return {"split": split, "falls": falls, "channels": channels}
+
+
+def trajectory(run: Path) -> dict[str, dict[str, list[Any]]]:
+    """Layer point -> `epochs` and `coupling` (T, T) at each, as the run noted them; empty where it exchanged nothing."""
+    try:
+        lines = (run / "exchange.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    found: dict[str, dict[str, list[Any]]] = {}
+    for row in map(json.loads, lines):
+        of_point = found.setdefault(row["point"], {"epochs": [], "coupling": []})
+        of_point["epochs"].append(row["epoch"])
+        of_point["coupling"].append(row["coupling"])
+    return found
+
+
+def curves(run: Path) -> dict[str, dict[str, list[float]]]:
+    """Task -> metric -> values on validation data after each epoch."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.pop("split") == "val":
+            of_task = found.setdefault(row.pop("task"), {})
+            for metric, value in row.items():
+                if metric not in ("epoch", "step", "n"):
+                    of_task.setdefault(metric, []).append(value)
+    return found

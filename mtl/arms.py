@@ -1,0 +1,303 @@
+"""Arms: the ways to train a config's tasks that a comparison sets side by side.
+
+An arm says, for a seed and a share of the data, which runs it consists of and whose figures are read from each. Most are one
+run of all tasks under other overrides; `single_task` and its relatives are a run per task. Equal runs of several arms are
+trained once.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtl.config import RunConfig, from_tree, override
+from mtl.errors import ConfigError, unknown
+from mtl.registry import BACKBONES
+from mtl.seeding import derive_seed
+from mtl.sharing import STRUCTURAL, kinds
+
+SINGLE_TASK = "single_task"
+"""The baseline of every measure of transfer, and what `init_from=single_task` starts from."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run of an arm.
+
+    Args:
+        config: what is trained.
+        tasks: whose figures are read from it.
+        starts: task -> the run that its tower starts from, which comes first.
+    """
+
+    config: RunConfig
+    tasks: tuple[str, ...]
+    starts: Mapping[str, Piece] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that two pieces share when they are the same run."""
+        if not self.starts:
+            return self.config.digest()
+        parts = [self.config.digest(), *(f"{task}={piece.digest}" for task, piece in sorted(self.starts.items()))]
+        return sha256(" ".join(parts).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        alone = f"-{self.tasks[0]}" if len(self.config.tasks) == 1 else ""
+        return f"{self.config.sharing.kind}{alone}-seed{self.config.seed}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What arms need to know about the comparison that they are in.
+
+    Args:
+        base: the config; what `auto` becomes for all arms alike is resolved in it.
+        points: the layer points of its backbone, in order.
+        datasets: task -> the dataset that it is of.
+        epoch_steps: (task, share of the data) -> the length of an epoch of its single-task run where its own would differ from
+            that of all tasks together, so that every arm takes equally many steps; else None.
+        parameters: trained numbers of a config's network.
+    """
+
+    base: RunConfig
+    points: tuple[str, ...]
+    datasets: Mapping[str, str]
+    epoch_steps: Callable[[str, float], int | None]
+    parameters: Callable[[RunConfig], int]
+
+
+class Arm(ABC):
+    """A named way to train the tasks of a config."""
+
+    def __init__(self, name: str, about: str) -> None:
+        self.name, self.about = name, about
+
+    @abstractmethod
+    def pieces(self, setting: Setting, fraction: float, seed: int) -> list[Piece]:
+        """The runs that it consists of. A task that several of them have is predicted by their average."""
+
+
+class Joint(Arm):
+    """All tasks in one run, under overrides of the config.
+
+    Args:
+        overrides: `key=value`, applied in order. `init_from=single_task` starts each tower from its task's single-task run of
+            the same seed and share of the data.
+    """
+
+    def __init__(self, name: str, about: str, overrides: Sequence[str]) -> None:
+        super().__init__(name, about)
+        warm = f"init_from={SINGLE_TASK}"
+        self.overrides = tuple(one for one in overrides if one != warm)
+        self.warm = warm in overrides
+
+    def pieces(self, setting: Setting, fraction: float, seed: int) -> list[Piece]:
+        """One."""
+        config = _changed(setting.base, [*self.overrides, f"seed={seed}", f"data.fraction={fraction}"], self.name)
+        starts = {}
+        if self.warm:
+            starts = {piece.tasks[0]: piece for piece in Separate(SINGLE_TASK, "").pieces(setting, fraction, seed)}
+        return [Piece(config, tuple(task.name for task in config.tasks), starts)]
+
+
+class Separate(Arm):
+    """Every task in runs of its own.
+
+    Args:
+        ensemble: as many runs of a task as there are tasks, each with a seed of its own.
+        wide: with a backbone so wide that the network of one task has the parameters of all tasks' together.
+    """
+
+    def __init__(self, name: str, about: str, ensemble: bool = False, wide: bool = False) -> None:
+        super().__init__(name, about)
+        self.ensemble, self.wide = ensemble, wide
+
+    def pieces(self, setting: Setting, fraction: float, seed: int) -> list[Piece]:
+        """One per task; of an ensemble T per task, the first of which is the single-task run of that seed."""
+        names = [task.name for task in setting.base.tasks]
+        seeds = [member_seed(seed, member) for member in range(len(names) if self.ensemble else 1)]
+        return [Piece(self._alone(setting, name, fraction, one), (name,)) for name in names for one in seeds]
+
+    def _alone(self, setting: Setting, task: str, fraction: float, seed: int) -> RunConfig:
+        tree = setting.base.model_dump(mode="json")
+        chosen = [one.name for one in setting.base.tasks].index(task)
+        tree |= {"tasks": [tree["tasks"][chosen]], "sharing": {"kind": "unshared"}, "balancer": "fixed", "seed": seed}
+        tree["init_from"] = {name: start for name, start in tree["init_from"].items() if name == task}
+        data = tree["data"]
+        data["datasets"] = {name: given for name, given in data["datasets"].items() if name == setting.datasets[task]}
+        data["labelled"] = {name: given for name, given in data["labelled"].items() if name == task}
+        data["fraction"] = fraction
+        if (steps := setting.epoch_steps(task, fraction)) is not None:
+            tree["epoch_steps"] = steps
+        config = from_tree(tree, source=f"arm {self.name!r}")
+        return widened(config, setting.parameters(setting.base), setting.parameters) if self.wide else config
+
+
+def member_seed(seed: int, member: int) -> int:
+    """The seed of an ensemble's member; the first has the ensemble's own, the others one that no other member has."""
+    return seed if member == 0 else derive_seed(seed, "ensemble", member) % 2**31
+
+
+def widened(config: RunConfig, wanted: int, parameters: Callable[[RunConfig], int]) -> RunConfig:
+    """The config with its backbone's `width` such that its network has as nearly `wanted` parameters as four decimals allow."""
+    tree = config.model_dump(mode="json")
+
+    def at(width: float) -> RunConfig:
+        return from_tree(override(tree, [f"backbone.width={width}"]))
+
+    low, high = 0.0, 1.0
+    while parameters(at(high)) < wanted:
+        low, high = high, 2 * high
+    while high - low > 0.0002:
+        middle = round((low + high) / 2, 4)
+        low, high = (middle, high) if parameters(at(middle)) < wanted else (low, middle)
+    nearest = min((width for width in (low, high) if width), key=lambda width: abs(parameters(at(width)) - wanted))
+    return at(nearest)
+
+
+def has_width(config: RunConfig) -> bool:
+    """Whether the backbone of a config has the option `width`."""
+    options = BACKBONES.get(config.backbone.name).options
+    return options is not None and "width" in options.model_fields
+
+
+DEFAULT = (SINGLE_TASK, "hard_shared", "unshared", "cross_stitch")
+
+
+def arms_of(given: Sequence[str | Mapping[str, Any]], base: RunConfig, points: Sequence[str]) -> list[Arm]:
+    """The arms that these descriptions mean.
+
+    Args:
+        given: names (see `named`), `NAME:key=value key=value`, or mappings {name: overrides}, these as such text, as a list of
+            `key=value`, or as a mapping of dotted keys.
+
+    Raises:
+        ConfigError: every description that means nothing, and names given twice.
+    """
+    found: list[Arm] = []
+    wrong: list[str] = []
+    for one in given:
+        try:
+            found += named(one, base, points) if isinstance(one, str) and "=" not in one else _own(one)
+        except ConfigError as error:
+            wrong += error.problems
+    names = [arm.name for arm in found]
+    wrong += [f"arm {name!r} is given more than once" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if not found and not wrong:
+        wrong.append(f"no arms; known: {', '.join(known())}, or NAME:key=value for one of your own")
+    if wrong:
+        raise ConfigError(wrong, source="arms")
+    return found
+
+
+def known() -> list[str]:
+    """What `named` takes."""
+    units = [kind for kind in kinds() if kind not in STRUCTURAL]
+    return [SINGLE_TASK, "single_task_wide", "ensemble", *STRUCTURAL, "split:POINT", *units, "cross_stitch_frozen"]
+
+
+def named(name: str, base: RunConfig, points: Sequence[str]) -> list[Arm]:
+    """The arms of a bundled name; `split` is one per layer point.
+
+    Raises:
+        ConfigError: there is none of that name, or not for this backbone.
+    """
+    count = len(base.tasks)
+    match name.partition(":"):
+        case ("single_task", "", ""):
+            return [Separate(name, "each task alone")]
+        case ("single_task_wide", "", ""):
+            if not has_width(base):
+                raise ConfigError(
+                    [f"arm {name!r} widens the backbone, and {base.backbone.name!r} has no option width; small_cnn has one"]
+                )
+            return [Separate(name, "each task alone, in a network as large as the joint one", wide=True)]
+        case ("ensemble", "", ""):
+            return [Separate(name, f"each task alone, {count} networks averaged", ensemble=True)]
+        case ("split", "", ""):
+            if not points:
+                raise ConfigError([f"arm 'split' needs layer points, and backbone {base.backbone.name!r} declares none"])
+            return [arm for point in points for arm in named(f"split:{point}", base, points)]
+        case ("split", ":", point) if point:
+            return [
+                Joint(name, f"one trunk up to {point}, then a tower per task", ["sharing.kind=split", f"sharing.at={point}"])
+            ]
+        case ("hard_shared", "", ""):
+            return [Joint(name, "one backbone for all tasks", ["sharing.kind=hard_shared"])]
+        case ("unshared", "", ""):
+            return [Joint(name, "a tower per task, trained together, nothing exchanged", ["sharing.kind=unshared"])]
+        case ("cross_stitch_frozen", "", ""):
+            frozen = ["sharing.kind=cross_stitch", "sharing.init=identity"]
+            frozen.append(f"optim.freeze={_as_yaml([*base.optim.freeze, 'units'])}")
+            return [Joint(name, "cross-stitch units that stay the identity", frozen)]
+        case (kind, "", "") if kind in kinds():
+            return [Joint(name, f"towers that exchange through {kind} units", [f"sharing.kind={kind}"])]
+    raise ConfigError([f"{unknown('arm', name, known())}; NAME:key=value makes one of your own"])
+
+
+def _own(given: str | Mapping[str, Any]) -> list[Arm]:
+    if isinstance(given, str):
+        name, colon, text = given.partition(":")
+        if not colon or "=" in name:
+            raise ConfigError([f"arm {given!r} has no name; write NAME:key=value, as in wide:backbone.width=2"])
+        return [_user_arm(name, shlex.split(text))]
+    if not isinstance(given, Mapping):
+        raise ConfigError([f"an arm is a name, NAME:key=value, or a mapping {{name: overrides}}; found {given!r}"])
+    return [_user_arm(str(name), _as_overrides(name, value)) for name, value in given.items()]
+
+
+def _as_overrides(name: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return shlex.split(value)
+    if isinstance(value, Mapping):
+        return [f"{key}={_as_yaml(one)}" for key, one in value.items()]
+    if isinstance(value, Sequence) and all(isinstance(one, str) for one in value):
+        return list(value)
+    raise ConfigError([f"arm {name!r}: its overrides are text, a list of key=value, or a mapping; found {value!r}"])
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def _user_arm(name: str, overrides: Sequence[str]) -> Arm:
+    if not re.fullmatch(r"[\w.+-]+(:[\w.+-]+)?", name):
+        raise ConfigError([f"arm name {name!r}: letters, digits, '_', '-', '+' and '.' only"])
+    if name in (SINGLE_TASK, "single_task_wide", "ensemble"):
+        raise ConfigError([f"arm {name!r} is a bundled one, and cannot be given overrides; call yours by another name"])
+    if held := [one for one in overrides if one.partition("=")[0] in ("tasks", "seed", "data.fraction")]:
+        raise ConfigError([f"arm {name!r}: {held[0]!r} would not compare: tasks, seeds and shares are the same for all arms"])
+    return Joint(name, " ".join(overrides), overrides)
+
+
+def listed(path: Path) -> list[str | dict[str, Any]]:
+    """Arms from a YAML file: a list of what `arms_of` takes.
+
+    Raises:
+        ConfigError: it cannot be read, or is no list.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"cannot read arms {str(path)!r}: {' '.join(str(error).split())}"]) from None
+    if not isinstance(given, list) or not all(isinstance(one, str | dict) for one in given):
+        raise ConfigError([f"{str(path)!r} must hold a list of names and mappings {{name: overrides}}"])
+    return given
+
+
+def _changed(base: RunConfig, overrides: Sequence[str], arm: str) -> RunConfig:
+    try:
+        return from_tree(override(base.model_dump(mode="json"), overrides))
+    except ConfigError as error:
+        raise ConfigError([f"arm {arm!r}: {problem}" for problem in error.problems], source="arms") from None

@@ -1,0 +1,374 @@
+"""The pictures of a report, each from plain values to SVG text. Colours are Okabe and Ito's, which colour-blind people can tell
+apart, and no picture depends on colour alone: arms have markers and dashes too, matrices carry their numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)), (0, (1, 2)), "-")
+WIDTH = 9.2
+"""Of every picture, inches."""
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "mtl",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+class Look:
+    """The colour, marker and dashes of each arm, the same in every picture."""
+
+    def __init__(self, arms: Sequence[str]) -> None:
+        self.of = {name: i for i, name in enumerate(arms)}
+
+    def colour(self, arm: str) -> str:
+        """Repeats after eight arms, which then have other markers."""
+        return COLOURS[self.of[arm] % len(COLOURS)]
+
+    def marker(self, arm: str) -> str:
+        """Of single values."""
+        return MARKERS[self.of[arm] % len(MARKERS)]  # eleven, and eight colours: no pair twice in 88
+
+    def dashes(self, arm: str) -> Any:
+        """Of lines."""
+        return DASHES[self.of[arm] % len(DASHES)]
+
+
+def drawn(height: float, label: str, draw: Callable[[Figure], None]) -> str:
+    """An SVG element of the house's width: `draw(figure)` fills it; `label` says what it shows to who cannot see it."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        with io.StringIO() as text:
+            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+            found = text.getvalue()
+    element = found[found.index("<svg") :]
+    return re.sub("<svg ", f'<svg role="img" aria-label="{escape(label, quote=True)}" ', element, count=1)
+
+
+def scores(
+    findings: Mapping[str, Any], tasks: Mapping[str, Any], points: Mapping[str, Mapping[str, list[float]]], look: Look
+) -> str:
+    """Each arm's score per task and their mean: mean over seeds with its interval, and each seed as a small dot."""
+    arms = [arm for arm in look.of if arm in findings["arms"]]
+    panels = [*tasks, "mean"]
+
+    def draw(figure: Figure) -> None:
+        rows = -(-len(panels) // 3)
+        axes = figure.subplots(rows, min(3, len(panels)), sharey=True, squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            for row, arm in enumerate(arms):
+                said = findings["arms"][arm]
+                value = said["mean"] if panel == "mean" else said["tasks"][panel][tasks[panel]["score"]]
+                seeds = points[arm][panel]
+                axis.plot(seeds, [row + 0.22] * len(seeds), ".", color=look.colour(arm), alpha=0.45, markersize=4)
+                _interval(axis, value, row, look, arm)
+            axis.set_title("mean over tasks" if panel == "mean" else f"{panel}: {tasks[panel]['score']}")
+            axis.set_yticks(range(len(arms)), arms)
+            axis.set_ylim(len(arms) - 0.5, -0.5)
+            axis.grid(axis="x", color="#e5e5e5")
+            axis.set_axisbelow(True)
+            axis.locator_params(axis="x", nbins=5)
+
+    height = 0.6 + (0.5 + 0.34 * len(arms)) * -(-len(panels) // 3)
+    return drawn(height, "Test scores of every arm, per task and on average, with 95 % intervals over seeds", draw)
+
+
+def _interval(axis: Axes, value: Mapping[str, Any], row: float, look: Look, arm: str) -> None:
+    if value["low"] is not None:
+        axis.plot([value["low"], value["high"]], [row, row], color=look.colour(arm), linewidth=2, solid_capstyle="butt")
+    axis.plot(
+        value["mean"], row, look.marker(arm), color=look.colour(arm), markersize=7, markeredgecolor="white", markeredgewidth=0.5
+    )
+
+
+def differences(findings: Mapping[str, Any], tasks: Mapping[str, Any], key: str, title: str, look: Look) -> str:
+    """Paired differences to another arm in points, per task and on average, with their intervals."""
+    arms = [arm for arm in look.of if findings["arms"].get(arm, {}).get(key)]
+    panels = [*tasks, "mean"]
+
+    def draw(figure: Figure) -> None:
+        rows = -(-len(panels) // 3)
+        axes = figure.subplots(rows, min(3, len(panels)), sharey=True, sharex=True, squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            axis.axvline(0, color="black", linewidth=0.8)
+            for row, arm in enumerate(arms):
+                d = findings["arms"][arm][key][panel]
+                hundred = {name: None if d[name] is None else 100 * d[name] for name in ("mean", "low", "high")}
+                _interval(axis, hundred, row, look, arm)
+            axis.set_title("mean over tasks" if panel == "mean" else panel)
+            axis.set_yticks(range(len(arms)), arms)
+            axis.set_ylim(len(arms) - 0.5, -0.5)
+            axis.grid(axis="x", color="#e5e5e5")
+            axis.set_axisbelow(True)
+            axis.locator_params(axis="x", nbins=5)
+        figure.supxlabel(title, fontsize=9)
+
+    height = 0.9 + (0.5 + 0.32 * len(arms)) * -(-len(panels) // 3)
+    return drawn(height, title, draw)
+
+
+def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], tasks: Mapping[str, Any], look: Look) -> str:
+    """Validation score after each epoch: task -> arm -> a list per seed. The line is the mean, the band from least to most."""
+
+    def draw(figure: Figure) -> None:
+        rows = -(-len(tasks) // 2)
+        axes = figure.subplots(rows, min(2, len(tasks)), squeeze=False)
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_visible(False)
+        for axis, task in zip(axes.flat, tasks, strict=False):
+            for arm in look.of:
+                if not (seeds := curves[task].get(arm)):
+                    continue
+                length = min(map(len, seeds))
+                values = np.array([one[:length] for one in seeds], float)
+                epochs = np.arange(1, length + 1)
+                axis.plot(
+                    epochs,
+                    values.mean(0),
+                    color=look.colour(arm),
+                    linestyle=look.dashes(arm),
+                    label=arm,
+                    linewidth=1.6,
+                    marker=look.marker(arm),
+                    markevery=max(1, length // 8),
+                    markersize=4,
+                )
+                if len(seeds) > 1:
+                    axis.fill_between(epochs, values.min(0), values.max(0), color=look.colour(arm), alpha=0.12, linewidth=0)
+            axis.set_title(f"{task}: {tasks[task]['score']} on validation data")
+            axis.set_xlabel("epoch")
+            axis.locator_params(axis="x", integer=True)
+            axis.grid(color="#ededed")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+
+    return drawn(0.7 + 2.7 * -(-len(tasks) // 2), "Validation score over epochs, per task and arm", draw)
+
+
+def against_fraction(findings: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any], look: Look) -> str:
+    """Test score against the share of the training data, logarithmic, per task and on average, with intervals."""
+    panels = [*tasks, "mean"]
+
+    def draw(figure: Figure) -> None:
+        rows = -(-len(panels) // 3)
+        axes = figure.subplots(rows, min(3, len(panels)), squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        fractions = [one["fraction"] for one in findings]
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            for i, arm in enumerate(look.of):
+                there = [one for one in findings if arm in one["arms"]]
+                values = [
+                    one["arms"][arm]["mean"] if panel == "mean" else one["arms"][arm]["tasks"][panel][tasks[panel]["score"]]
+                    for one in there
+                ]
+                if not values:
+                    continue
+                x = np.array([one["fraction"] for one in there]) * 1.03 ** (i - len(look.of) / 2)  # beside each other
+                mean = np.array([value["mean"] for value in values])
+                ends = [[value["mean"] if value[end] is None else value[end] for value in values] for end in ("low", "high")]
+                axis.errorbar(
+                    x,
+                    mean,
+                    yerr=np.abs(np.array(ends) - mean),
+                    color=look.colour(arm),
+                    linestyle=look.dashes(arm),
+                    marker=look.marker(arm),
+                    markersize=5,
+                    linewidth=1.4,
+                    capsize=2,
+                    label=arm,
+                )
+            axis.set_xscale("log")
+            axis.set_xticks(fractions, [f"{100 * f:g} %" for f in fractions])
+            axis.minorticks_off()
+            axis.set_title("mean over tasks" if panel == "mean" else f"{panel}: {tasks[panel]['score']}")
+            axis.set_xlabel("share of the training data")
+            axis.grid(color="#ededed")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+
+    return drawn(0.7 + 2.7 * -(-len(panels) // 3), "Test score against the share of the training data", draw)
+
+
+COST_AXES = (
+    ("parameters", "parameters, millions", 1e-6),
+    ("flops_per_image", "forward pass, MFLOPs per image", 1e-6),
+    ("training_seconds", "training, seconds", 1.0),
+)
+
+
+def against_cost(findings: Mapping[str, Any], look: Look) -> str:
+    """Mean test score against parameters, work per image and training time."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, len(COST_AXES), sharey=True)
+        for axis, (cost, label, unit) in zip(axes, COST_AXES, strict=True):
+            for arm in look.of:
+                said = findings["arms"].get(arm)
+                if said is None or said["cost"][cost] is None:
+                    continue
+                x, y = unit * said["cost"][cost], said["mean"]
+                if y["low"] is not None:
+                    axis.plot([x, x], [y["low"], y["high"]], color=look.colour(arm), linewidth=1.6)
+                axis.plot(
+                    x,
+                    y["mean"],
+                    look.marker(arm),
+                    color=look.colour(arm),
+                    markersize=7,
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                    label=arm,
+                )
+            axis.set_xlabel(label)
+            axis.set_xlim(left=0)
+            axis.grid(color="#ededed")
+        axes[0].set_ylabel("mean test score")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+
+    return drawn(3.4, "Mean test score against parameters, work per image and training time", draw)
+
+
+def matrices(
+    of: Mapping[str, Sequence[Sequence[float | None]]],
+    tasks: Sequence[str],
+    label: str,
+    unit: str,
+    least: float,
+    identity: bool = False,
+) -> str:
+    """A heat map per layer point of (T, T) numbers, rows receiving from columns; purple positive, orange negative.
+
+    `identity`: colours show the difference to it, so that it is white. Numbers below `least` have light colours.
+    """
+
+    def draw(figure: Figure) -> None:
+        shown = {
+            point: np.array([[np.nan if v is None else v for v in row] for row in rows], float) for point, rows in of.items()
+        }
+        shade = {point: m - identity * np.eye(len(tasks)) for point, m in shown.items()}
+        extent = max(max((np.nanmax(np.abs(m)) for m in shade.values()), default=0.0), least)
+        columns = min(len(of), 4)
+        axes = figure.subplots(-(-len(of) // columns), columns, squeeze=False)
+        for axis in axes.flat[len(of) :]:
+            axis.set_visible(False)
+        for i, (axis, (point, m)) in enumerate(zip(axes.flat, shown.items(), strict=False)):
+            axis.imshow(shade[point], cmap="PuOr", vmin=-extent, vmax=extent)
+            axis.set_title(point)
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+            axis.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+            axis.set_yticks(range(len(tasks)), tasks if i % columns == 0 else [""] * len(tasks), fontsize=8)
+            for (row, column), value in np.ndenumerate(m):
+                if np.isfinite(value):
+                    dark = abs(shade[point][row, column]) > 0.6 * extent
+                    axis.text(
+                        column, row, f"{value:{unit}}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    )
+        figure.supxlabel("from task", fontsize=9)
+        figure.supylabel("to task", fontsize=9)
+
+    rows = -(-len(of) // min(len(of), 4))
+    return drawn(rows * (1.4 + 0.42 * len(tasks)) + 0.5, label, draw)
+
+
+def trajectories(seeds: Sequence[Mapping[str, Any]], tasks: Sequence[str], label: str) -> str:
+    """Coupling from each other task over training, a panel per layer point, a line per pair (mean over seeds), thin ones per
+    seed. `seeds`: point -> {"epochs": [...], "coupling": [(T, T), ...]}.
+    """
+
+    def draw(figure: Figure) -> None:
+        points = list(seeds[0])
+        columns = min(len(points), 3)
+        axes = figure.subplots(-(-len(points) // columns), columns, squeeze=False, sharey=True)
+        for axis in axes.flat[len(points) :]:
+            axis.set_visible(False)
+        pairs = [(t, s) for t in range(len(tasks)) for s in range(len(tasks)) if t != s]
+        for axis, point in zip(axes.flat, points, strict=False):
+            length = min(len(one[point]["epochs"]) for one in seeds)
+            values = np.array([one[point]["coupling"][:length] for one in seeds], float)
+            epochs = seeds[0][point]["epochs"][:length]
+            for i, (t, s) in enumerate(pairs):
+                colour = COLOURS[i % len(COLOURS)]
+                axis.plot(epochs, values[:, :, t, s].T, color=colour, alpha=0.25, linewidth=0.7)
+                axis.plot(
+                    epochs,
+                    values[:, :, t, s].mean(0),
+                    color=colour,
+                    linestyle=DASHES[i % len(DASHES)],
+                    linewidth=1.8,
+                    label=f"{tasks[t]} from {tasks[s]}",
+                )
+            axis.axhline(0, color="black", linewidth=0.6)
+            axis.set_title(point)
+            axis.set_xlabel("epoch")
+            axis.locator_params(axis="x", integer=True)
+            axis.grid(color="#ededed")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        if len(labels) <= 12:
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+
+    rows = -(-len(seeds[0]) // min(len(seeds[0]), 3))
+    return drawn(0.8 + 2.3 * rows, label, draw)
+
+
+def channels(of: Mapping[str, Sequence[Sequence[Sequence[float]]]], tasks: Sequence[str], label: str) -> str:
+    """Values of each channel in order of size, a panel per layer point, a curve per pair of tasks: how uneven the exchange is
+    between channels. `of`: point -> (T, T, Q) quantiles.
+    """
+
+    def draw(figure: Figure) -> None:
+        columns = min(len(of), 3)
+        axes = figure.subplots(-(-len(of) // columns), columns, squeeze=False, sharey=True)
+        for axis in axes.flat[len(of) :]:
+            axis.set_visible(False)
+        for axis, (point, values) in zip(axes.flat, of.items(), strict=False):
+            array = np.array(values, float)
+            share = np.linspace(0, 100, array.shape[2])
+            pairs = [(t, s) for t in range(len(tasks)) for s in range(len(tasks)) if t != s]
+            for i, (t, s) in enumerate(pairs):
+                axis.plot(
+                    share,
+                    array[t, s],
+                    color=COLOURS[i % len(COLOURS)],
+                    linestyle=DASHES[i % len(DASHES)],
+                    label=f"{tasks[t]} from {tasks[s]}",
+                )
+            axis.axhline(0, color="black", linewidth=0.6)
+            axis.set_title(point)
+            axis.set_xlabel("channels, per cent, in order of size")
+            axis.grid(color="#ededed")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        if len(labels) <= 12:
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+
+    rows = -(-len(of) // min(len(of), 3))
+    return drawn(0.8 + 2.3 * rows, label, draw)

@@ -1,0 +1,436 @@
+"""Comparisons: what arms consist of, that nothing is trained twice, and that what is said is what was planted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import mtl
+from mtl import jobs
+from mtl.ablation import WithCut
+from mtl.arms import Arm, Setting, arms_of, member_seed
+from mtl.auto import resolved
+from mtl.backbones import SmallCNN
+from mtl.cli import app
+from mtl.comparison import Facts
+from mtl.config import RunConfig
+from mtl.data import load_splits
+from mtl.findings import BETTER, FEW, OPEN, tell
+from mtl.progress import Progress
+from mtl.task import make_task
+
+
+@pytest.fixture
+def base(tiny_config: dict[str, Any]) -> RunConfig:
+    return RunConfig(**tiny_config, sharing="cross_stitch")
+
+
+@pytest.fixture
+def setting(base: RunConfig) -> Setting:
+    return Facts(resolved(base)).setting
+
+
+def the(name: str, setting: Setting) -> Arm:
+    [arm] = arms_of([name], setting.base, setting.points)
+    return arm
+
+
+# Arms
+
+
+def test_most_arms_are_one_run_of_all_tasks(setting: Setting) -> None:
+    for name, kind in (("unshared", "unshared"), ("hard_shared", "hard_shared"), ("cross_stitch", "cross_stitch")):
+        [piece] = the(name, setting).pieces(setting, 0.5, 3)
+        assert piece.config.sharing.kind == kind
+        assert piece.tasks == ("tiny_a", "tiny_b")
+        assert (piece.config.seed, piece.config.data.fraction) == (3, 0.5)
+
+
+def test_split_is_an_arm_per_layer_point(setting: Setting) -> None:
+    arms = arms_of(["split"], setting.base, setting.points)
+    assert [arm.name for arm in arms] == ["split:pool1", "split:pool2", "split:fc3"]
+    [piece] = the("split:pool2", setting).pieces(setting, 1.0, 0)
+    assert piece.config.sharing.model_dump()["at"] == "pool2"
+
+
+def test_single_task_is_a_run_per_task_and_the_first_member_of_an_ensemble(setting: Setting) -> None:
+    alone, ensemble = (the(name, setting).pieces(setting, 1.0, 0) for name in ("single_task", "ensemble"))
+    assert [piece.tasks for piece in alone] == [("tiny_a",), ("tiny_b",)]
+    assert [piece.tasks[0] for piece in ensemble] == ["tiny_a", "tiny_a", "tiny_b", "tiny_b"]
+    assert {piece.digest for piece in alone} < {piece.digest for piece in ensemble}
+    assert all(piece.config.sharing.kind == "unshared" for piece in ensemble)
+
+
+def test_no_member_of_an_ensemble_belongs_to_two_seeds() -> None:
+    members = [member_seed(seed, member) for seed in range(200) for member in range(8)]
+    assert len(set(members)) == len(members)
+
+
+def test_a_wide_network_of_one_task_has_the_parameters_of_all_tasks(setting: Setting) -> None:
+    wanted = setting.parameters(setting.base)
+    for piece in the("single_task_wide", setting).pieces(setting, 1.0, 0):
+        assert setting.parameters(piece.config) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_warm_start_is_from_the_single_task_runs_of_the_same_seed(setting: Setting) -> None:
+    [piece] = the("warm:init_from=single_task optim.lr=0.01", setting).pieces(setting, 0.5, 4)
+    alone = the("single_task", setting).pieces(setting, 0.5, 4)
+    assert piece.starts == {one.tasks[0]: one for one in alone}
+    assert piece.config.optim.lr == 0.01
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "wide:backbone.width=0.2 epochs=1",
+        {"wide": ["backbone.width=0.2", "epochs=1"]},
+        {"wide": {"backbone.width": 0.2, "epochs": 1}},
+    ],
+)
+def test_an_arm_of_ones_own(given: Any, setting: Setting) -> None:
+    [arm] = arms_of([given], setting.base, setting.points)
+    [piece] = arm.pieces(setting, 1.0, 0)
+    assert (arm.name, piece.config.epochs) == ("wide", 1)
+    assert piece.config.backbone.options is not None
+    assert piece.config.backbone.options.model_dump()["width"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["cross_stich"], r"unknown arm 'cross_stich'; .*did you mean 'cross_stitch'"),
+        (["unshared", "unshared"], "arm 'unshared' is given more than once"),
+        (["backbone.width=2"], "has no name; write NAME:key=value"),
+        (["mine:seed=3"], "'seed=3' would not compare"),
+        (["ensemble:epochs=3"], "is a bundled one"),
+        ([], "no arms; known: single_task"),
+        ([3], "an arm is a name"),
+    ],
+)
+def test_arms_that_mean_nothing(given: Sequence[Any], message: str, setting: Setting) -> None:
+    with pytest.raises(mtl.ConfigError, match=message):
+        arms_of(given, setting.base, setting.points)
+
+
+def test_a_mistake_in_an_arm_names_the_arm(setting: Setting) -> None:
+    with pytest.raises(mtl.ConfigError, match=r"arm 'mine': optim.lrr: unknown key 'lrr'"):
+        the("mine:optim.lrr=1", setting).pieces(setting, 1.0, 0)
+
+
+def test_single_task_runs_take_as_many_steps_as_all_tasks_together(tiny_config: dict[str, Any]) -> None:
+    tiny_config["data"] = {**tiny_config["data"], "labelled": {"tiny_a": 9}}
+    setting = Facts(resolved(RunConfig(**tiny_config))).setting
+    few, all_of_them = the("single_task", setting).pieces(setting, 1.0, 0)
+    assert few.config.epoch_steps == Facts(setting.base).survey(1.0).epoch_steps
+    assert all_of_them.config.epoch_steps is None
+    assert few.config.data.labelled == {"tiny_a": 9}
+    assert all_of_them.config.data.labelled == {}
+
+
+# Keeping and continuing
+
+
+class Noted(Progress):
+    """Keeps lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def begin(self, title: str, steps: int) -> None: ...
+    def step(self, done: int, figures: Any) -> None: ...
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def without_times(results: dict[str, Any]) -> Any:
+    """What must not depend on when and how fast it ran."""
+    plain = json.loads(json.dumps(results))
+    plain.pop("environment")
+    for cell in plain["cells"]:
+        cell["cost"] = {key: cell["cost"][key] for key in ("parameters", "flops_per_image")}
+    for said in plain["findings"]:
+        for arm in said["arms"].values():
+            arm.pop("cost")
+    return plain
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
+    base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = ["single_task", "cross_stitch", "warm:init_from=single_task"]
+    whole = mtl.compare(base, arms, 1, out="whole")
+    trained: list[str] = []
+
+    def some(config: RunConfig, run_dir: Path, progress: Any) -> Any:
+        trained.append(run_dir.name)
+        if len(trained) == 3:
+            real(config.replaced(max_steps=1), run_dir, progress)  # part of a run is there, and no result
+            (run_dir / "result.json").unlink()
+            raise KeyboardInterrupt
+        return real(config, run_dir, progress)
+
+    real = jobs.train
+    monkeypatch.setattr(jobs, "train", some)
+    with pytest.raises(KeyboardInterrupt):
+        mtl.compare(base, arms, 1, out="cut")
+    kept = {path.parent.name for path in Path("cut/runs").glob("*/result.json")}
+    assert len(kept) == 2
+    cut = mtl.compare(base, arms, 1, out="cut")
+    assert all(trained.count(name) == 1 for name in kept)
+    assert len(trained) == 1 + len(list(Path("cut/runs").iterdir()))  # the one that was cut, twice
+    assert without_times(cut.results) == without_times(whole.results)
+
+    monkeypatch.setattr(jobs, "train", lambda *_: pytest.fail("nothing is left to train"))
+    again = mtl.compare(base, arms, 1, out="cut")
+    assert without_times(again.results) == without_times(whole.results)
+
+
+def test_seeds_and_arms_can_be_added(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mtl.compare(base, ["unshared"], 1, out="one")
+    trained: list[str] = []
+    real = jobs.train
+    monkeypatch.setattr(
+        jobs, "train", lambda config, run_dir, progress: (trained.append(run_dir.name), real(config, run_dir))[1]
+    )
+    found = mtl.compare(base, ["unshared", "hard_shared"], 2, out="one")
+    assert [name.rpartition("-")[0] for name in trained] == ["hard_shared-seed0", "unshared-seed1", "hard_shared-seed1"]
+    assert found.results["seeds"] == [0, 1]
+
+
+def test_a_directory_of_another_comparison_is_refused_with_what_differs(base: RunConfig, in_tmp: Path) -> None:
+    mtl.compare(base, ["unshared"], 1, out="one")
+    with pytest.raises(mtl.ConfigError, match=r"holds a comparison of another config .*\n  optim\.lr: 0\.001 there, 0\.01 now"):
+        mtl.compare(base.replaced(optim={"lr": 0.01}), ["unshared"], 1, out="one")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": 0}, "seeds: how many"),
+        ({"seeds": [1, 1]}, "seeds: how many"),
+        ({"fractions": [0.5, 0]}, "fractions: different shares"),
+        ({"jobs": 0}, "jobs: at least 1"),
+        ({"reference": "unshard"}, "reference: unknown arm 'unshard'"),
+    ],
+)
+def test_plans_that_mean_nothing(given: dict[str, Any], message: str, base: RunConfig, in_tmp: Path) -> None:
+    with pytest.raises(mtl.ConfigError, match=message):
+        mtl.compare(base, ["unshared"], **{"seeds": 1, "out": "x", **given})
+    assert not Path("x/runs").exists()
+
+
+def test_a_run_that_fails_is_missing_and_the_others_are_not(
+    base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = mtl.compare(base, ["unshared", "wild:optim.lr=1e30 optim.name=sgd"], 1, out="one")
+    assert [(cell["arm"]) for cell in found.results["cells"]] == ["unshared"]
+    [lost] = found.results["failed"]
+    assert (lost["arm"], lost["seed"]) == ("wild", 0)
+    assert "not finite" in lost["why"]
+    assert "1 cells are missing" in Path("one/report.md").read_text()
+
+
+@pytest.mark.spawns
+def test_several_jobs_at_once_give_the_same(in_tmp: Path) -> None:
+    config = RunConfig(
+        tasks=["shapes_kind", "shapes_colour"],
+        backbone={"name": "small_cnn", "width": 0.1},
+        data={"validation": 20, "datasets": {"shapes": {"train": 100, "test": 40}}},
+        epochs=1,
+        precision="fp32",
+        device="cpu",
+    )
+    progress = Noted()
+    at_once = mtl.compare(config, ["unshared", "hard_shared"], 1, out="two", jobs=2, progress=progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        in_turn = mtl.compare(config, ["unshared", "hard_shared"], 1, out="one")
+    finally:
+        torch.set_num_threads(threads)
+    assert [cell["test"] for cell in at_once.results["cells"]] == [cell["test"] for cell in in_turn.results["cells"]]
+    assert any(re.match(r"\[2/2\] .*: \d+ s", line) for line in progress.lines)
+    assert "2 runs trained at once" in Path("two/report.md").read_text()
+
+
+# What is said
+
+
+def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path) -> None:
+    found = mtl.compare(base, ["unshared", "cross_stitch_frozen"], 2, out="one")
+    said = found.results["findings"][0]["arms"]["cross_stitch_frozen"]
+    assert said["difference"]["mean"]["mean"] == 0.0
+    assert said["difference"]["mean"]["verdict"] == FEW
+    for cell in found.results["cells"]:
+        if cell["arm"] == "cross_stitch_frozen":
+            assert cell["exchange"]["falls"] == {point: [[None, 0.0], [0.0, None]] for point in ("pool1", "pool2", "fc3")}
+            assert all(matrix == [[1, 0], [0, 1]] for matrix in cell["exchange"]["coupling"]["fc3"]["coupling"])
+
+
+class Sum(mtl.ExchangeUnit):
+    """Every task gets the sum of all."""
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.stack(list(features)).sum(0)] * len(features)
+
+
+def test_a_cut_takes_one_contribution_from_one_task() -> None:
+    a, b, c = (torch.full((2, 3), value) for value in (1.0, 10.0, 100.0))
+    for unit in (Sum(), mtl.CrossStitchUnit(3, (3,), "channel", 1.0, 1.0)):
+        found = [x[0, 0].item() for x in WithCut(unit, to=1, source=2)([a, b, c])]
+        assert found == [111.0, 11.0, 111.0]
+
+
+@mtl.register_task("tiny_same")
+def tiny_same() -> mtl.Task:
+    """What `tiny_a` predicts, for a tower that cannot learn it."""
+    return mtl.Task("tiny", "a", mtl.Classification(("dark", "grey", "light")))
+
+
+@mtl.register_dataset("coin")
+def coin(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+    """Images that say everything about `a` and nothing about `toss`."""
+    generator = torch.Generator().manual_seed(len(split))
+    a = torch.arange(90) % 3
+    images = (40 + 80 * a.view(-1, 1, 1) + 4 * torch.randn(90, 8, 8, generator=generator)).to(torch.uint8)
+    return mtl.ArrayDataset(images, {"a": a, "toss": torch.randint(0, 2, (90,), generator=generator)})
+
+
+mtl.register_task("coin_a")(lambda: mtl.Task("coin", "a", mtl.Classification(("0", "1", "2"))))
+mtl.register_task("coin_toss")(lambda: mtl.Task("coin", "toss", mtl.Classification(("heads", "tails"))))
+
+
+def test_a_planted_useful_exchange_is_found(base: RunConfig, in_tmp: Path) -> None:
+    """The tower of `tiny_same` is frozen at zero: what it knows, it has from that of `tiny_a`."""
+    [part] = load_splits("tiny", [make_task("tiny_a")], Path(), None, 0, 0, "cpu", [mtl.Split.TRAIN]).values()
+    network = SmallCNN(part.shape, 0.1)
+    save_file({name: torch.zeros_like(value) for name, value in network.state_dict().items()}, "zero.safetensors")
+    config = base.replaced(
+        tasks=["tiny_a", "tiny_same"],
+        sharing={"kind": "cross_stitch", "points": ["fc3"], "lr_multiplier": 30},
+        optim={"lr": 0.01, "freeze": ["towers.tiny_same"]},
+        init_from={"tiny_same": "zero.safetensors"},
+        epochs=3,
+    )
+    found = mtl.compare(config, ["unshared", "cross_stitch"], 7, out="useful")
+    said = found.results["findings"][0]
+    difference = said["arms"]["cross_stitch"]["difference"]
+    assert (difference["tiny_same"]["verdict"], difference["mean"]["verdict"]) == (BETTER, BETTER)
+    assert "cross_stitch" in said["answer"]
+    assert "does better" in said["answer"]
+    falls = [cell["exchange"]["falls"]["fc3"] for cell in found.results["cells"] if cell["exchange"]]
+    assert sum(fall[1][0] for fall in falls) / len(falls) > 0.05  # without tiny_a's features tiny_same is worse
+
+
+def test_a_planted_useless_exchange_is_not_found(base: RunConfig, in_tmp: Path) -> None:
+    """One task is easy, the other cannot be learned: neither can be of use to the other."""
+    config = base.replaced(tasks=["coin_a", "coin_toss"], optim={"lr": 0.003}, epochs=3)
+    found = mtl.compare(config, ["unshared", "cross_stitch"], 7, out="useless")
+    difference = found.results["findings"][0]["arms"]["cross_stitch"]["difference"]
+    assert {difference[of]["verdict"] for of in ("coin_a", "coin_toss", "mean")} == {OPEN}
+    assert "no difference is shown for cross_stitch" in found.results["findings"][0]["answer"]
+
+
+def test_an_ensemble_averages_what_its_members_say() -> None:
+    outputs = [torch.tensor([[4.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])]
+    mean = mtl.Classification(("a", "b")).averaged(outputs).softmax(1)
+    torch.testing.assert_close(mean, torch.stack([output.softmax(1) for output in outputs]).mean(0))
+    for head in (mtl.MultiLabel(("a", "b")), mtl.Ordinal(("a", "b", "c"))):
+        mean = head.averaged(outputs).sigmoid()
+        torch.testing.assert_close(mean, torch.stack([output.sigmoid() for output in outputs]).mean(0))
+    torch.testing.assert_close(mtl.Regression().averaged(outputs), torch.stack(outputs).mean(0))
+
+
+def results_of(scores: dict[str, list[float]], tasks: int = 1) -> dict[str, Any]:
+    """What `tell` needs, of arms with a score per seed that all tasks have."""
+    names = [f"t{i}" for i in range(tasks)]
+    cost = dict.fromkeys(("parameters", "flops_per_image", "seconds_per_step", "peak_memory_bytes", "training_seconds"), 1)
+    return {
+        "tasks": {name: {"score": "accuracy", "metrics": {"accuracy": "higher"}, "dataset": "d"} for name in names},
+        "arms": [{"name": name, "about": ""} for name in scores],
+        "reference": next(iter(scores)),
+        "baseline": "single_task" if "single_task" in scores else None,
+        "fractions": [1.0],
+        "cells": [
+            {"arm": name, "seed": seed, "fraction": 1.0, "cost": cost, "test": {t: {"accuracy": value} for t in names}}
+            for name, values in scores.items()
+            for seed, value in enumerate(values)
+        ],
+    }
+
+
+def test_verdicts_are_what_the_figures_allow() -> None:
+    a = [0.5, 0.52, 0.51, 0.53, 0.5, 0.52, 0.51]
+    up, noise = [0.011, 0.01, 0.012, 0.009, 0.01, 0.013, 0.01], [0.01, -0.01, 0.004, -0.004, 0.002, -0.003, 0.001]
+    scores = {
+        "unshared": a,
+        "up": [x + d for x, d in zip(a, up, strict=True)],
+        "same": [x + d for x, d in zip(a, noise, strict=True)],
+    }
+    [said] = tell(results_of({**scores, "down": [x - d for x, d in zip(a, up, strict=True)]}, tasks=2))
+    assert {name: of["difference"]["mean"]["verdict"] for name, of in said["arms"].items() if name != "unshared"} == {
+        "up": "better", "same": "no difference shown", "down": "worse",
+    }  # fmt: skip
+    assert said["arms"]["up"]["difference"]["t0"]["p"] == pytest.approx(2 * 2 / 2**7)
+    assert said["answer"].startswith("Compared with unshared, in points of the mean test score: up (+1.07, 95 % interval +0.9")
+    [said] = tell(results_of({name: values[:6] for name, values in scores.items()}, tasks=2))
+    assert said["arms"]["up"]["difference"]["mean"]["verdict"] == FEW
+    assert "6 seeds cannot show a difference, which takes 7 or more with 2 tasks" in said["answer"]
+
+
+def test_transfer_is_against_the_single_task_runs() -> None:
+    [said] = tell(results_of({"single_task": [0.8, 0.5], "joint": [0.84, 0.45]}))
+    assert said["arms"]["joint"]["delta_m"]["mean"] == pytest.approx((5 - 10) / 2)
+    assert said["arms"]["joint"]["transfer"]["t0"]["mean"] == pytest.approx((0.04 - 0.05) / 2)
+
+
+def test_the_report_stands_alone_and_escapes_names(base: RunConfig, in_tmp: Path) -> None:
+    arms = ["single_task", "ensemble", "cross_stitch"]
+    found = mtl.compare(base.replaced(epochs=1), arms, 2, fractions=[0.5, 1.0], out="one")
+    page, text = Path("one/report.html").read_text(), Path("one/report.md").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"|@import|<script", page)  # nothing from elsewhere
+    assert found.results["findings"][0]["answer"][1:] in page
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (Path("one") / figure).read_text().startswith("<svg ")
+    from mtl import report
+
+    results = json.loads(Path("one/results.json").read_text())
+    assert report.html(results, list(report.sections_of(results))) == page  # from the file alone
+    hostile = json.loads(json.dumps(results).replace("cross_stitch", "<script>alert(1)</script>"))
+    assert "<script" not in report.html(hostile, list(report.sections_of(hostile)))
+    events = list(Path("one/tb").glob("*/events*"))
+    assert len(events) == len(results["cells"]) == 12
+
+
+def test_the_command_line_prints_one_json_object_and_finds_its_arms(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("c.yaml").write_text(
+        "{tasks: [tiny_a, tiny_b], backbone: {name: small_cnn, width: 0.1}, data: {validation: 12}, epochs: 1, batch_size: 16}"
+    )
+    Path("arms.yaml").write_text("[unshared, {slow: {optim.lr: 1.0e-5}}]")
+    arguments = ["compare", "c.yaml", "--arms", "arms.yaml", "--arm", "mine:epochs=2", "--seeds", "1", "--json"]
+    app(arguments, standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert [arm["name"] for arm in found["arms"]] == ["unshared", "slow", "mine"]
+    assert re.fullmatch("runs/compare-c-[0-9a-f]{12}", found["directory"])
+
+
+def test_towers_of_one_seed_start_alike_in_every_arm(base: RunConfig, in_tmp: Path) -> None:
+    from mtl.build import model_of
+
+    facts = Facts(resolved(base))
+    models: dict[str, nn.Module] = {}
+    for name in ("single_task", "unshared", "cross_stitch"):
+        piece = the(name, facts.setting).pieces(facts.setting, 1.0, 5)[0]
+        tasks = [task for task in facts.tasks if task.name in piece.tasks]
+        models[name] = model_of(piece.config, tasks, facts.shape)
+    for name, value in models["single_task"].state_dict().items():
+        assert all(torch.equal(model.state_dict()[name], value) for model in models.values())
