@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from mtl_tasks.fashion import GROUP_OF_CATEGORY, fashion_mnist
+from mtl_tasks.multi_fashion import multi_fashion
 from mtl_tasks.shapes import TRAITS, ShapesOptions, draw_labels, shapes
+from torch.nn.functional import interpolate
 
 import mtl
 from mtl.config import RunConfig
@@ -130,3 +132,18 @@ def test_shapes_are_not_trivial(tmp_path: Path) -> None:
     scores = {name: result.test[name]["accuracy"] for name in tasks}
     assert scores["shapes_colour"] > 0.3
     assert max(scores[name] for name in tasks if name != "shapes_colour") < 0.55
+
+
+def test_two_garments_in_a_picture(fashion_root: Path) -> None:
+    pair, single = (dataset(mtl.Split.TEST, fashion_root) for dataset in (multi_fashion, fashion_mnist))
+    assert pair.images.shape == single.images.shape == (10000, 1, 28, 28)
+    assert torch.equal(pair.labels["left"], single.labels["category"])
+    assert torch.equal(pair.labels["right"].bincount(), single.labels["category"].bincount())
+    both = torch.stack([pair.labels["left"], pair.labels["right"]]).float()
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.05  # nothing but the picture tells one from the other
+    assert torch.equal(pair.images, multi_fashion(mtl.Split.TEST, fashion_root).images)
+    small = interpolate(single.images.float(), (22, 22), mode="bilinear", antialias=True)  # 28 of 36 are 22 of 28
+    left, right = pair.images[:, :, :6, :6].float(), pair.images[:, :, -6:, -6:].float()  # where one garment is alone
+    assert float((left - small[:, :, :6, :6]).abs().mean()) < 8
+    assert float(right.mean()) > 2
+    assert float((right - small[:, :, -6:, -6:]).abs().mean()) > 2 * float((left - small[:, :, :6, :6]).abs().mean())

@@ -9,8 +9,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mtl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CATEGORIES = (
     "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -27,12 +31,17 @@ def fashion_mnist(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
     """
     import torch
 
-    images, category = _read(root, train=split == mtl.Split.TRAIN)
+    images, category = read_fashion_mnist(root, train=split == mtl.Split.TRAIN)
     group = torch.tensor(GROUP_OF_CATEGORY)[category]
     return mtl.ArrayDataset(images, labels={"category": category, "group": group})
 
 
-def _read(root: Path, train: bool):  # type: ignore[no-untyped-def]
+def read_fashion_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images, uint8 (N, 28, 28), and categories (N,), downloaded into `root` where they are missing.
+
+    Raises:
+        DataError: they are neither there nor to be had.
+    """
     from torchvision.datasets import FashionMNIST
 
     try:
