@@ -272,12 +272,17 @@ def train_pieces(
         jobs = [Job(placed(piece, runs), runs / name) for name, piece in some.items()]
         failed.update({directory.name: why for directory, why in train_all(jobs, at_once, plugins, progress).items()})
 
-    go(first)
     then = {name: piece for name, piece in pieces.items() if piece.starts}
-    for name, piece in then.items():
-        if lost := [source.name for source in piece.starts.values() if source.name in failed]:
-            failed[name] = f"{lost[0]}, from which it starts, failed"
-    go({name: piece for name, piece in then.items() if name not in failed})
+    try:
+        go(first)
+        for name, piece in then.items():
+            if lost := [source.name for source in piece.starts.values() if source.name in failed]:
+                failed[name] = f"{lost[0]}, from which it starts, failed"
+        go({name: piece for name, piece in then.items() if name not in failed})
+    except KeyboardInterrupt:
+        done = sum(finished(runs / name) is not None for name in {**first, **then})
+        progress.line(f"interrupted: {done} of {len(first) + len(then)} runs are finished, in {runs}; the same command goes on")
+        raise
     return failed
 
 

@@ -180,8 +180,10 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
 
     real = jobs.train
     monkeypatch.setattr(jobs, "train", some)
+    progress = Noted()
     with pytest.raises(KeyboardInterrupt):
-        mtl.compare(base, arms, 1, out="cut")
+        mtl.compare(base, arms, 1, out="cut", progress=progress)
+    assert progress.lines[-1] == "interrupted: 2 of 4 runs are finished, in cut/runs; the same command goes on"
     kept = {path.parent.name for path in Path("cut/runs").glob("*/result.json")}
     assert len(kept) == 2
     cut = mtl.compare(base, arms, 1, out="cut")
