@@ -1,0 +1,107 @@
+"""What commands print on standard output: JSON for programs, tables and lines for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def show(value: dict[str, Any], as_json: bool) -> None:
+    """Print a mapping: as one JSON object, or as YAML for people."""
+    if as_json:
+        print(json.dumps(value, indent=2, allow_nan=False))
+        return
+    import yaml
+
+    print(yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True), end="")
+
+
+def list_names(origins: dict[str, str], what: str, as_json: bool) -> None:
+    """Names with where they come from."""
+    if as_json:
+        show({what: [{"name": name, "origin": origin} for name, origin in origins.items()]}, as_json)
+        return
+    width = max(map(len, origins), default=0)
+    for name, origin in origins.items():
+        print(f"{name:{width}}  {origin}")
+
+
+def print_csv(rows: list[dict[str, Any]]) -> None:
+    """Rows with a header; a key that a row lacks is left empty."""
+    import csv
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def brief(said: dict[str, Any]) -> str:
+    """What a head decoded, in a few words: the first value, the others by name, nested ones left out."""
+    shown = {key: value for key, value in said.items() if not isinstance(value, dict)}
+    texts = [
+        (", ".join(map(str, v)) or "none") if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
+        for v in shown.values()
+    ]
+    unit = shown.pop("unit", None)
+    texts = [f"{texts[0]} {unit}", *texts[2:]] if unit else texts
+    others = ", ".join(f"{key} {text}" for key, text in zip([*shown][1:], texts[1:], strict=True))
+    return f"{texts[0]} ({others})" if others else texts[0] if texts else json.dumps(said)
+
+
+def print_comparison(results: dict[str, Any]) -> None:
+    """A table of scores and differences for each share of the data, and the answer."""
+    from mtl.report import answers, notes
+    from mtl.sections import in_points, plus_minus
+
+    tasks, reference = results["tasks"], results["reference"]
+    for said in results["findings"]:
+        share = f", {100 * said['fraction']:g} % of the training data" if len(results["findings"]) > 1 else ""
+        rows = [["test score" + share, "seeds", "mean of tasks", *tasks, f"points over {reference}", "p", "parameters"]]
+        for name, of in said["arms"].items():
+            d = of.get("difference", {}).get("mean")
+            scores = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
+            p, parameters = "" if d is None else f"{d['p']:.2g}", f"{of['cost']['parameters']:,.0f}"
+            rows.append([name, str(len(of["seeds"])), plus_minus(of["mean"]), *scores, in_points(d), p, parameters])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for first, *others in rows:
+            print(
+                f"{first:{widths[0]}}", *[f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)], sep="  "
+            )
+        print()
+    for sentence in [*answers(results), *notes(results)]:
+        print(sentence)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A finished run for people: a table of figures, and where everything is."""
+    print_figures({split: result[split] for split in ("val", "test") if result[split] is not None})
+    frozen = f" and {result['parameters_frozen']:,} frozen" if result["parameters_frozen"] else ""
+    compiling = f" after {result['warm_up_seconds']:.0f} s of compiling" if result["warm_up_seconds"] else ""
+    print(
+        f"{result['sharing']}, seed {result['seed']}: best epoch {result['best_epoch']} of {result['epochs']}, "
+        f"{result['parameters']:,} parameters{frozen}, {result['seconds']:.0f} s{compiling}, "
+        f"{result['images_per_second']:,.0f} images/s "
+        f"({result['device']}, {result['precision']}, config {result['config_digest']})\n{result['run_dir']}"
+    )
+
+
+def print_figures(splits: dict[str, dict[str, Any]]) -> None:
+    """Task by metric, for each split."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("split", "task", "n", "metric", "value"):
+        table.add_column(heading, justify="right" if heading in ("n", "value") else "left")
+    for split, figures in splits.items():
+        for task, of_task in figures.items():
+            if task == "score":
+                continue
+            for metric, value in of_task.items():
+                if metric != "n":
+                    table.add_row(split, task, f"{of_task['n']:,}", metric, "n/a" if value is None else f"{value:.4f}")
+        table.add_row(split, "mean of tasks", "", "score", "n/a" if figures["score"] is None else f"{figures['score']:.4f}")
+        table.add_section()
+    Console().print(table)
