@@ -117,8 +117,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         )
     if results["jobs"] > 1:
         found.append(
-            f"{results['jobs']} runs trained at once: their times and step times are not those of a run alone, and not to be "
-            "compared with others."
+            f"{results['jobs']} runs trained at once and shared the cores, each with fewer threads than stand above: their "
+            "times and step times are not those of a run alone, and not to be compared."
         )
     if results["failed"]:
         each = "; ".join(f"{one['arm']}, seed {one['seed']}: {one['why']}" for one in results["failed"][:5])
@@ -141,6 +141,7 @@ def method(results: Mapping[str, Any]) -> list[str]:
         "(Holm). With several arms, one in twenty comparisons without any difference still falls below 0.05.",
         "A point is a hundredth of a score. Where no difference is shown, there may be one as large as the interval says.",
     ]
+    lines[:0] = [f"{arm['name']}: {arm['about']}." for arm in results["arms"]]
     if baseline is not None:
         lines.append(
             "delta_m is the mean over tasks of the relative change of the score against the single-task runs of the same seed. "

@@ -171,6 +171,8 @@ def one_step(
 
 def agree(found: Step, expected: Step, tolerance: float = 1e-9) -> None:
     """To `tolerance` of the largest of all outputs, gradients or buffers where that is above 1."""
+    assert expected["outputs"]
+    assert found.keys() == expected.keys()
     for what, values in expected.items():
         largest = max([1.0, *(float(b.abs().max()) for b in values if b.numel())])
         for a, b in zip(found[what], values, strict=True):
@@ -634,8 +636,10 @@ def pair_of(sharing: Sharing, datasets: Sequence[str] = ("d",), backbone: Any = 
 
 
 def same_state(a: nn.Module, b: nn.Module, tolerance: float = 1e-9) -> None:
-    other = b.state_dict()
-    for name, value in a.state_dict().items():
+    state, other = a.state_dict(), b.state_dict()
+    assert state
+    assert state.keys() == other.keys()
+    for name, value in state.items():
         torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: name + text)
 
 
