@@ -9,10 +9,20 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """The page, its tables made from `results/`."""
-    from benchmarks import batching, batching_speed, cutting, decoding, fast_path, three_epochs, throughput_tables
+    from benchmarks import (
+        batching,
+        batching_speed,
+        comparison_tables,
+        cutting,
+        decoding,
+        fast_path,
+        three_epochs,
+        throughput_tables,
+    )
 
     text = (HERE / "README.template.md").read_text()
     tables = (
+        ("@COMPARISONS@", comparison_tables.render),
         ("@THROUGHPUT@", throughput_tables.render),
         ("@FAST_PATH@", fast_path.render),
         ("@CUTTING@", cutting.render),
@@ -28,8 +38,9 @@ def page() -> str:
 
 def write_page() -> None:
     """Write it, and draw."""
-    from benchmarks import throughput_tables
+    from benchmarks import comparison_tables, throughput_tables
 
+    comparison_tables.draw()
     throughput_tables.draw(HERE / "results" / "throughput.svg")
     (HERE / "README.md").write_text(page())
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mtl.data import Samples
 from mtl.evaluation import evaluate
 from mtl.model import MultiTaskModel
+from mtl.progress import Progress, Silent
 from mtl.units import ExchangeUnit
 
 
@@ -52,12 +53,17 @@ def ablate(
     samples: Mapping[str, Samples],
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Progress | None = None,
+    name: str = "",
 ) -> dict[str, list[list[float | None]]]:
     """Layer point -> (T, T): by how much the score of task t (row) falls without the contribution of task s (column) there.
 
-    The diagonal is None. Zero where nothing is exchanged; negative where a task does better without.
+    The diagonal is None. Zero where nothing is exchanged; negative where a task does better without. Takes a pass over the
+    samples for each, which `progress` is told of, as those of the run `name`.
     """
-    tasks = model.tasks
+    tasks, done = model.tasks, 0
+    progress = progress or Silent()
+    passes = len(model.exchange()) * len(tasks) * (len(tasks) - 1)
     whole = evaluate(model, samples, batch_size, autocast)
     falls: dict[str, list[list[float | None]]] = {}
     for point in model.exchange():
@@ -67,6 +73,10 @@ def ablate(
                 if s != t:
                     with cut(model, point, t, s):
                         less = evaluate(model, samples, batch_size, autocast)
+                    done += 1
+                    if progress.due():
+                        progress.line(f"ablation of {name}: {done} of {passes} passes")
+                        progress.shown()
                     rows[t][s] = whole[task.name][task.score_name] - less[task.name][task.score_name]
         falls[point] = rows
     return falls

@@ -5,7 +5,8 @@ does. Figures that take a pass over data are kept on disk, by the run's director
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from mtl.ablation import ablate
 from mtl.auto import autocast
 from mtl.build import input_shape, load_data, model_with_weights, reopened
-from mtl.config import RunConfig
+from mtl.config import RunConfig, load
 from mtl.data import Samples, Split
 from mtl.evaluation import evaluate
 from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, Outputs
+from mtl.progress import Progress, Silent
 from mtl.rundir import write_whole
+from mtl.sharing import Exchange
 from mtl.task import Task
 
 QUANTILES = 65
@@ -54,25 +57,27 @@ class Analyst:
     Args:
         folder: where figures are kept.
         device: to compute on.
+        root: folder of the datasets; None: where the runs found them.
+        progress: told of what takes long.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str, root: Path | None = None, progress: Progress | None = None) -> None:
+        self.folder, self.device, self.root, self.progress = folder, device, root, progress or Silent()
         self._loaded: tuple[str, dict[Split, dict[str, Samples]]] | None = None
 
     def ensemble(self, runs: Sequence[Path]) -> dict[str, Any]:
         """{task: figures} on the test split of runs of the same tasks, averaged."""
-        name = "ensemble-" + "+".join(run.name.rpartition("-")[2] for run in runs)
+        members = " ".join(run.name for run in runs)
+        name = f"ensemble-{sha256(members.encode()).hexdigest()[:12]}"
         return self._kept(name, lambda: self._ensemble(runs))
 
     def exchange(self, run: Path) -> dict[str, Any] | None:
-        """Of a run's exchange units, by layer point: `coupling` over epochs, `channels` in order of size, and `falls`, the
-        ablation on validation data (test data where there are none); None where nothing is exchanged.
+        """Of a run's exchange units, by layer point: `coupling` over epochs and `channels` in order of size, of units that have
+        them, and `falls`, the ablation on validation data (test data where there are none); None where nothing is exchanged.
         """
-        rows = trajectory(run)
-        if not rows:
+        if not isinstance(load(run / "config.yaml").sharing, Exchange):
             return None
-        return {"coupling": rows, **self._kept(run.name, lambda: self._exchange(run))}
+        return {"coupling": trajectory(run), **self._kept(run.name, lambda: self._exchange(run))}
 
     def _kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
@@ -95,19 +100,19 @@ class Analyst:
     def _ensemble(self, runs: Sequence[Path]) -> dict[str, Any]:
         models = []
         for run in runs:
-            config, tasks = reopened(run, self.device)
+            config, tasks = reopened(run, self.device, self.root)
             samples = self._samples(config, tasks)[Split.TEST]
             models.append(model_with_weights(run, config, tasks, input_shape(samples)))
         with memory_kept():
             return evaluate(Averaged(models), samples, 2 * config.batch_size, autocast(config))
 
     def _exchange(self, run: Path) -> dict[str, Any]:
-        config, tasks = reopened(run, self.device)
+        config, tasks = reopened(run, self.device, self.root)
         samples = self._samples(config, tasks)
         split = Split.VAL if samples[Split.VAL] else Split.TEST
         model = model_with_weights(run, config, tasks, input_shape(samples[split]))
         with memory_kept():
-            falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config))
+            falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config), self.progress, run.name)
         channels = {}
         for point, unit in model.exchange().items():
             if (values := unit.channels()) is not None:
@@ -124,18 +129,26 @@ def trajectory(run: Path) -> dict[str, dict[str, list[Any]]]:
     except OSError:
         return {}
     found: dict[str, dict[str, list[Any]]] = {}
-    for row in map(json.loads, lines):
+    for row in whole_lines(lines):
         of_point = found.setdefault(row["point"], {"epochs": [], "coupling": []})
         of_point["epochs"].append(row["epoch"])
         of_point["coupling"].append(row["coupling"])
     return found
 
 
+def whole_lines(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a log; of a line that was cut off, and what follows it, nothing."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
 def curves(run: Path) -> dict[str, dict[str, list[float]]]:
     """Task -> metric -> values on validation data after each epoch."""
     found: dict[str, dict[str, list[float]]] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in whole_lines((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         if row.pop("split") == "val":
             of_task = found.setdefault(row.pop("task"), {})
             for metric, value in row.items():

@@ -8,7 +8,6 @@ trained once.
 from __future__ import annotations
 
 import re
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from mtl.config import RunConfig, from_tree, override
 from mtl.errors import ConfigError, unknown
 from mtl.registry import BACKBONES
 from mtl.seeding import derive_seed
-from mtl.sharing import STRUCTURAL, kinds
+from mtl.sharing import STRUCTURAL, Exchange, SplitAt, kinds
 
 SINGLE_TASK = "single_task"
 """The baseline of every measure of transfer, and what `init_from=single_task` starts from."""
@@ -103,10 +102,24 @@ class Joint(Arm):
         self.warm = warm in overrides
 
     def pieces(self, setting: Setting, fraction: float, seed: int) -> list[Piece]:
-        """One."""
-        config = _changed(setting.base, [*self.overrides, f"seed={seed}", f"data.fraction={fraction}"], self.name)
+        """One.
+
+        Raises:
+            ConfigError: overrides that do not fit the config, or after which runs would not compare.
+        """
+        config = from_tree(override(setting.base.model_dump(mode="json"), self.overrides))
+        if unequal := _unequal(config, setting.base):
+            raise ConfigError([f"{', '.join(unequal)}: must be the same for all arms; set it in the config"])
+        missing = [] if isinstance(config.sharing, Exchange) else ["units"]
+        config = config.replaced(
+            seed=seed,
+            data=config.data.model_copy(update={"fraction": fraction}),
+            optim=config.optim.model_copy(update={"freeze": tuple(without(config.optim.freeze, missing))}),
+        )
         starts = {}
         if self.warm:
+            if config.sharing.plan(setting.points).shared:
+                raise ConfigError(["init_from=single_task: the tasks share a trunk, which can start from one run only"])
             starts = {piece.tasks[0]: piece for piece in Separate(SINGLE_TASK, "").pieces(setting, fraction, seed)}
         return [Piece(config, tuple(task.name for task in config.tasks), starts)]
 
@@ -138,10 +151,31 @@ class Separate(Arm):
         data["datasets"] = {name: given for name, given in data["datasets"].items() if name == setting.datasets[task]}
         data["labelled"] = {name: given for name, given in data["labelled"].items() if name == task}
         data["fraction"] = fraction
+        others = [name for name in (one.name for one in setting.base.tasks) if name != task]
+        tree["optim"]["freeze"] = without(
+            tree["optim"]["freeze"], ["units", *[f"{part}.{name}" for part in ("towers", "heads") for name in others]]
+        )
         if (steps := setting.epoch_steps(task, fraction)) is not None:
             tree["epoch_steps"] = steps
         config = from_tree(tree, source=f"arm {self.name!r}")
         return widened(config, setting.parameters(setting.base), setting.parameters) if self.wide else config
+
+
+def without(patterns: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Patterns of `optim.freeze` but those of parts that a network does not have.
+
+    >>> without(["units", "towers.a.*", "towers.b"], ["units", "towers.b"])
+    ['towers.a.*']
+    """
+    return [one for one in patterns if not any(one == part or one.startswith(f"{part}.") for part in parts)]
+
+
+def _unequal(config: RunConfig, base: RunConfig) -> list[str]:
+    """Keys in which a config differs from the comparison's, and in which arms may not differ."""
+    found = [] if [task.name for task in config.tasks] == [task.name for task in base.tasks] else ["tasks"]
+    found += [] if config.seed == base.seed else ["seed"]
+    of_data = ("fraction", "labelled", "validation", "split_seed", "datasets", "root")
+    return found + [f"data.{key}" for key in of_data if getattr(config.data, key) != getattr(base.data, key)]
 
 
 def member_seed(seed: int, member: int) -> int:
@@ -172,7 +206,11 @@ def has_width(config: RunConfig) -> bool:
     return options is not None and "width" in options.model_fields
 
 
-DEFAULT = (SINGLE_TASK, "hard_shared", "unshared", "cross_stitch")
+def default_arms(config: RunConfig) -> tuple[str, ...]:
+    """The arms of a comparison that names none: the config's own sharing among them, or `cross_stitch`."""
+    own = f"split:{config.sharing.at}" if isinstance(config.sharing, SplitAt) else config.sharing.kind
+    always = (SINGLE_TASK, "hard_shared", "unshared")
+    return (*always, "cross_stitch" if own in always else own)
 
 
 def arms_of(given: Sequence[str | Mapping[str, Any]], base: RunConfig, points: Sequence[str]) -> list[Arm]:
@@ -189,7 +227,8 @@ def arms_of(given: Sequence[str | Mapping[str, Any]], base: RunConfig, points: S
     wrong: list[str] = []
     for one in given:
         try:
-            found += named(one, base, points) if isinstance(one, str) and "=" not in one else _own(one)
+            bundled = isinstance(one, str) and "=" not in one and not one.endswith(":")
+            found += named(str(one), base, points) if bundled else _own(one)
         except ConfigError as error:
             wrong += error.problems
     names = [arm.name for arm in found]
@@ -222,7 +261,8 @@ def named(name: str, base: RunConfig, points: Sequence[str]) -> list[Arm]:
                 raise ConfigError(
                     [f"arm {name!r} widens the backbone, and {base.backbone.name!r} has no option width; small_cnn has one"]
                 )
-            return [Separate(name, "each task alone, in a network as large as the joint one", wide=True)]
+            joint = f"the config's {base.sharing.kind} network"
+            return [Separate(name, f"each task alone, in a network with as many parameters as {joint}", wide=True)]
         case ("ensemble", "", ""):
             return [Separate(name, f"each task alone, {count} networks averaged", ensemble=True)]
         case ("split", "", ""):
@@ -251,15 +291,46 @@ def _own(given: str | Mapping[str, Any]) -> list[Arm]:
         name, colon, text = given.partition(":")
         if not colon or "=" in name:
             raise ConfigError([f"arm {given!r} has no name; write NAME:key=value, as in wide:backbone.width=2"])
-        return [_user_arm(name, shlex.split(text))]
+        return [_user_arm(name, words(name, text))]
     if not isinstance(given, Mapping):
         raise ConfigError([f"an arm is a name, NAME:key=value, or a mapping {{name: overrides}}; found {given!r}"])
     return [_user_arm(str(name), _as_overrides(name, value)) for name, value in given.items()]
 
 
+def words(arm: str, text: str) -> list[str]:
+    """The overrides in a text: parted by blanks that are neither in quotes nor in brackets.
+
+    >>> words("a", "sharing={kind: cross_stitch, points: [pool1]} 'x=b c'")
+    ['sharing={kind: cross_stitch, points: [pool1]}', 'x=b c']
+
+    Raises:
+        ConfigError: quotes or brackets that are not closed, or a part that is no key=value.
+    """
+    found, depth, quote = [""], 0, ""
+    for sign in text:
+        if sign == quote or (not quote and sign in "'\""):
+            quote = "" if quote else sign
+            if not depth:
+                continue  # as a shell: quotes are no part of the word; inside brackets they are YAML's
+        elif not quote and sign.isspace() and not depth:
+            found += [""] if found[-1] else []
+            continue
+        elif not quote and sign in "{[]}":
+            depth += 1 if sign in "{[" else -1
+        found[-1] += sign
+    if quote or depth:
+        raise ConfigError([f"arm {arm!r}: a {'quote' if quote else 'bracket'} in {text!r} is not closed"])
+    found = [one for one in found if one]
+    if not found:
+        raise ConfigError([f"arm {arm!r} has no overrides after ':'; write {arm}:key=value"])
+    if wrong := [one for one in found if "=" not in one]:
+        raise ConfigError([f"arm {arm!r}: {wrong[0]!r} is no key=value; blanks part overrides, unless in quotes or brackets"])
+    return found
+
+
 def _as_overrides(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
-        return shlex.split(value)
+        return words(name, value)
     if isinstance(value, Mapping):
         return [f"{key}={_as_yaml(one)}" for key, one in value.items()]
     if isinstance(value, Sequence) and all(isinstance(one, str) for one in value):
@@ -272,13 +343,11 @@ def _as_yaml(value: Any) -> str:
 
 
 def _user_arm(name: str, overrides: Sequence[str]) -> Arm:
-    if not re.fullmatch(r"[\w.+-]+(:[\w.+-]+)?", name):
+    if not re.fullmatch(r"[\w.+-]+(:[\w.+-]+)?", name, re.ASCII):
         raise ConfigError([f"arm name {name!r}: letters, digits, '_', '-', '+' and '.' only"])
-    if name in (SINGLE_TASK, "single_task_wide", "ensemble"):
+    if name in known():
         raise ConfigError([f"arm {name!r} is a bundled one, and cannot be given overrides; call yours by another name"])
-    if held := [one for one in overrides if one.partition("=")[0] in ("tasks", "seed", "data.fraction")]:
-        raise ConfigError([f"arm {name!r}: {held[0]!r} would not compare: tasks, seeds and shares are the same for all arms"])
-    return Joint(name, " ".join(overrides), overrides)
+    return Joint(name, f"the config with {' '.join(overrides)}", overrides)
 
 
 def listed(path: Path) -> list[str | dict[str, Any]]:
@@ -294,10 +363,3 @@ def listed(path: Path) -> list[str | dict[str, Any]]:
     if not isinstance(given, list) or not all(isinstance(one, str | dict) for one in given):
         raise ConfigError([f"{str(path)!r} must hold a list of names and mappings {{name: overrides}}"])
     return given
-
-
-def _changed(base: RunConfig, overrides: Sequence[str], arm: str) -> RunConfig:
-    try:
-        return from_tree(override(base.model_dump(mode="json"), overrides))
-    except ConfigError as error:
-        raise ConfigError([f"arm {arm!r}: {problem}" for problem in error.problems], source="arms") from None

@@ -7,16 +7,19 @@ object and everything else goes to standard error. Heavy imports happen inside t
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from mtl.errors import MTLError
 from mtl.printing import brief, list_names, print_comparison, print_csv, print_figures, print_result, show
+
+N = TypeVar("N", int, float)
 
 app = typer.Typer(
     name="mtl",
@@ -92,13 +95,16 @@ def compare(
         str | None,
         typer.Option(
             help="Names, separated by commas, or a YAML file with a list of them and of mappings {name: overrides}. Default: "
-            "single_task,hard_shared,unshared,cross_stitch."
+            "single_task,hard_shared,unshared and the config's own sharing, or cross_stitch."
         ),
     ] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(metavar="NAME:KEY=VALUE", help="One of your own, as in 'wide:backbone.width=2'.")
+        list[str] | None,
+        typer.Option(metavar="NAME:KEY=VALUE", help="Another: the config with overrides, as in 'wide:backbone.width=2'."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many, counted from the config's seed.")] = 3,
+    seeds: Annotated[
+        str, typer.Option(metavar="N or S,S,...", help="How many, counted from the config's seed; or which, as in 0,3,7.")
+    ] = "3",
     fractions: Annotated[
         str | None,
         typer.Option(metavar="F,F,...", help="Shares of the training data, as in 0.01,0.1,1. Default: the config's."),
@@ -112,29 +118,40 @@ def compare(
         typer.Option(metavar="DIR", help="Where everything goes, and what is there is used again. Default: under runs/."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be trained and its cost, and leave no files.")
+    ] = False,
     as_json: AsJson = False,
     plugin: Plugins = None,
 ) -> None:
     """Train every arm with every seed, and report what sharing does. The same command again goes on where it was cut."""
+    chosen = numbers("--seeds", seeds, int)
+    shares = numbers("--fractions", fractions, float) if fractions is not None else None
     with json_only(as_json):
         load_plugins(plugin)
-        from mtl.arms import DEFAULT, listed
-        from mtl.comparison import compare as run_all
+        from mtl import comparison
+        from mtl.arms import default_arms, listed
         from mtl.config import load
         from mtl.progress import for_terminal
 
+        loaded = load(config, overrides or [])
         if arms is not None and arms.endswith((".yaml", ".yml")):
             wanted = listed(Path(arms))
         else:
-            wanted = [name for name in arms.split(",") if name] if arms is not None else [*DEFAULT] if not arm else []
-        loaded = load(config, overrides or [])
-        found = run_all(
+            wanted = [name for name in arms.split(",") if name] if arms is not None else [*default_arms(loaded)]
+        wanted += arm or []
+        directory = out if out is not None else comparison.default_directory(loaded, Path(config).stem)
+        count = chosen[0] if "," not in seeds else chosen
+        if dry_run:
+            show(comparison.plan(loaded, wanted, count, shares, directory), as_json)
+            return
+        found = comparison.compare(
             loaded,
-            [*wanted, *(arm or [])],
-            seeds,
-            fractions=numbers(fractions) if fractions is not None else None,
+            wanted,
+            count,
+            fractions=shares,
             reference=reference,
-            out=out if out is not None else Path("runs") / f"compare-{Path(config).stem}-{loaded.digest()}",
+            out=directory,
             jobs=jobs,
             plugins=plugin or [],
             progress=for_terminal(),
@@ -144,6 +161,8 @@ def compare(
         return
     print_comparison(found.results)
     print(f"{found.directory}: report.html, report.md, results.json")
+    if not found.results["cells"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -365,8 +384,8 @@ def load_plugins(paths: list[Path] | None) -> None:
             load_plugin_file(path)
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers separated by commas.
+def numbers(option: str, text: str, kind: type[N]) -> list[N]:
+    """What an option with numbers between commas holds.
 
     Raises:
         ConfigError: something else.
@@ -374,13 +393,15 @@ def numbers(text: str) -> list[float]:
     from mtl.errors import ConfigError
 
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError([f"--fractions {text!r} is not a list of numbers such as 0.01,0.1,1"], source="mtl compare") from None
+        example = "3, or a list of seeds such as 0,3,7" if kind is int else "a list of numbers such as 0.01,0.1,1"
+        raise ConfigError([f"{option} {text!r}: give {example}"], source="mtl compare") from None
 
 
 def main() -> None:
     """Run the command line; turn a user's mistake into one message and exit status 2, Ctrl-C into 130."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except MTLError as error:
@@ -389,3 +410,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as after Ctrl-C, what is under way cleared up, with the status that a shell gives to who is told to end."""
+    raise SystemExit(128 + number)

@@ -8,6 +8,7 @@ also those added later, use), `runs/` with one run directory per training, `anal
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,17 +21,24 @@ from filelock import FileLock, Timeout
 
 from mtl import report
 from mtl.analysis import Analyst, curves
-from mtl.arms import DEFAULT, SINGLE_TASK, Arm, Piece, Setting, arms_of
+from mtl.arms import SINGLE_TASK, Arm, Piece, Setting, arms_of, default_arms
 from mtl.auto import resolved
 from mtl.build import parameters_and_flops, survey
 from mtl.config import InitFrom, RunConfig, from_tree
 from mtl.data import Split
-from mtl.errors import ConfigError, RunError, unknown
+from mtl.errors import ConfigError, MTLError, RunError, unknown
 from mtl.findings import mean_score, task_score, tell
-from mtl.jobs import Job, finished, train_all
+from mtl.jobs import Job, Tally, finished, train_all
+from mtl.metrics import relative_of
 from mtl.progress import Progress, Silent
-from mtl.rundir import environment, write_whole
+from mtl.rundir import DISTRIBUTION, environment, write_whole
 from mtl.tracking import log_hparams
+from mtl.warm_start import located
+
+NOTE = "comparison.json"
+"""In a comparison's directory: the config as it was asked for, and as all runs are made from."""
+
+LOCK = ".lock"
 
 FORMAT = 1
 """Of `results.json`."""
@@ -56,7 +64,7 @@ class Comparison:
 
 def compare(
     config: RunConfig,
-    arms: Sequence[str | Mapping[str, Any]] = DEFAULT,
+    arms: Sequence[str | Mapping[str, Any]] | None = None,
     seeds: int | Sequence[int] = 3,
     *,
     fractions: Sequence[float] | None = None,
@@ -69,45 +77,132 @@ def compare(
     """Train every arm with every seed at every share of the training data, and say what can be said of their differences.
 
     Args:
-        config: what all arms have in common.
-        arms: names such as `cross_stitch`, `NAME:key=value ...`, or mappings {name: overrides}; see `mtl.arms`.
+        config: what all arms have in common, as `mtl.load_config` gives it.
+        arms: names such as `cross_stitch`, `NAME:key=value ...`, or mappings {name: overrides}; see `mtl.arms`. None:
+            `single_task`, `hard_shared`, `unshared` and the config's own sharing, or `cross_stitch`.
         seeds: how many, counted from the config's own, or which.
         fractions: shares of the training data; None: the config's own.
         reference: the arm that others are compared with; None: `unshared` where it is among them, else `single_task`, else
             the first.
-        out: directory; what it holds of this comparison is used again. None: one under `runs/`, named by the config's digest.
-        jobs: trainings at a time; more than one run in processes of their own.
+        out: directory; what it holds of this comparison is used again. None: see `default_directory`.
+        jobs: trainings at a time. More than one run in processes of their own, which import the calling script again: there
+            the call must stand under `if __name__ == "__main__":`.
         plugins: files that register what `config` names, for those processes.
-        progress: what to show meanwhile; None: nothing.
+        progress: what to show meanwhile, such as `mtl.for_terminal()`; None: nothing.
 
     Raises:
         MTLError: anything a user can mend. Finished runs are kept.
     """
     progress = progress or Silent()
-    seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    fractions = [config.data.fraction] if fractions is None else sorted(fractions)
-    check_plan(seeds, fractions, jobs)
-    directory = Path(out) if out is not None else Path("runs") / f"compare-{config.digest()}"
+    check_call(config, arms)
+    seeds, fractions = wanted(config, seeds, fractions, jobs)
+    directory = Path(out) if out is not None else default_directory(config)
     with locked(directory):
-        base = begun(directory, config)
+        base, note = begun(directory, config)
         facts = Facts(base)
-        made = arms_of(arms, base, facts.setting.points)
+        made = arms_of(default_arms(config) if arms is None else arms, base, facts.setting.points)
         chosen = reference_of(reference, [arm.name for arm in made])
-        cells = [
-            Cell(arm, fraction, seed, tuple(arm.pieces(facts.setting, fraction, seed)))
-            for fraction in fractions
-            for seed in seeds
-            for arm in made
-        ]
-        for cell in cells:  # a network that cannot be built should be known before the first run
-            for piece in cell.pieces:
-                facts.cost(piece.config)
+        cells = cells_of(made, fractions, seeds, facts)
+        write_whole(directory / NOTE, note)
         failed = train_pieces(cells, directory / "runs", jobs, [Path(one) for one in plugins], progress)
-        results = collect(cells, facts, directory, chosen, failed, jobs, progress)
+        results = collect(cells, facts, directory, chosen, failed, progress)
         write_whole(directory / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
         report.write(results, directory)
         log_arms(results, directory / "tb")
     return Comparison(str(directory), results)
+
+
+def plan(
+    config: RunConfig,
+    arms: Sequence[str | Mapping[str, Any]] | None = None,
+    seeds: int | Sequence[int] = 3,
+    fractions: Sequence[float] | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """What `compare` would train: how many runs, how many of them are there already, and of each arm its runs and its cost."""
+    check_call(config, arms)
+    seeds, fractions = wanted(config, seeds, fractions, 1)
+    directory = Path(out) if out is not None else default_directory(config)
+    facts = Facts(begun(directory, config)[0] if directory.is_dir() else resolved(config))
+    made = arms_of(default_arms(config) if arms is None else arms, facts.base, facts.setting.points)
+    cells = cells_of(made, fractions, seeds, facts)
+    pieces = {piece.name: piece for cell in cells for of in cell.pieces for piece in (of, *of.starts.values())}
+    there = sum(finished(directory / "runs" / name) is not None for name in pieces)
+    described = {}
+    for arm in made:
+        mine = [cell for cell in cells if cell.arm is arm]
+        costs = [facts.cost(piece.config) for piece in mine[0].pieces]
+        described[arm.name] = {
+            "about": arm.about,
+            "runs": len({piece.name for cell in mine for piece in cell.pieces}),
+            "parameters": sum(parameters for parameters, _ in costs),
+            "flops_forward_per_image": sum(flops for _, flops in costs),
+        }
+    return {
+        "directory": str(directory),
+        "runs": len(pieces),
+        "finished": there,
+        "steps_per_epoch": {f"{fraction:g}": facts.survey(fraction).epoch_steps for fraction in fractions},
+        "epochs": config.epochs,
+        "arms": described,
+    }
+
+
+def wanted(
+    config: RunConfig, seeds: int | Sequence[int], fractions: Sequence[float] | None, jobs: int
+) -> tuple[list[int], list[float]]:
+    """Which seeds and shares, checked."""
+    which = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+    shares = [config.data.fraction] if fractions is None else sorted(fractions)
+    check_plan(which, shares, jobs)
+    return which, shares
+
+
+def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[int], facts: Facts) -> list[Cell]:
+    """Every arm at every share with every seed. Each network is built once: what cannot be is known before the first run.
+
+    Raises:
+        ConfigError: an arm that does not fit the comparison, by its name.
+    """
+    cells = []
+    for fraction in fractions:
+        for seed in seeds:
+            for arm in arms:
+                try:
+                    cell = Cell(arm, fraction, seed, tuple(arm.pieces(facts.setting, fraction, seed)))
+                    for piece in cell.pieces:
+                        facts.cost(piece.config)
+                except ConfigError as error:
+                    raise ConfigError([f"arm {arm.name!r}: {problem}" for problem in error.problems], source="arms") from None
+                cells.append(cell)
+    return cells
+
+
+def default_directory(config: RunConfig, stem: str = "") -> Path:
+    """Under `runs/`, named by the config's digest (which tells the weights that towers start from, too) and a `stem`."""
+    return Path("runs") / f"compare-{f'{stem}-' * bool(stem)}{asked(config).digest()}"
+
+
+def asked(config: RunConfig) -> RunConfig:
+    """The config with the digests of the weights that towers start from."""
+    return config.replaced(init_from={task: located(task, start) for task, start in config.init_from.items()})
+
+
+def check_call(config: Any, arms: Any) -> None:
+    """Refuse what is no config or no list of arms, and a call from a process that only imports the script it stands in.
+
+    Raises:
+        ConfigError, RunError: with what would work.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RunError(
+            "mtl.compare with jobs > 1 starts processes that import the calling script again; put the call there under "
+            "if __name__ == '__main__':"
+        )
+    if not isinstance(config, RunConfig):
+        raise ConfigError([f"mtl.compare takes an mtl.RunConfig, as mtl.load_config gives; found {type(config).__name__}"])
+    if arms is not None and (isinstance(arms, str | Mapping) or not isinstance(arms, Sequence)):
+        raise ConfigError([f"arms is a sequence, as in ['unshared', 'cross_stitch']; found {arms!r}"], source="compare")
 
 
 def log_arms(results: Mapping[str, Any], folder: Path) -> None:
@@ -129,7 +224,7 @@ def check_plan(seeds: Sequence[int], fractions: Sequence[float], jobs: int) -> N
     """
     wrong = []
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        wrong.append(f"seeds: how many, from 1 on, or different ones from 0 on; found {list(seeds)}")
+        wrong.append(f"seeds: how many, from 1 on, or different ones from 0 on; found {list(seeds) or 'none'}")
     if not fractions or len(set(fractions)) < len(fractions) or not all(0 < fraction <= 1 for fraction in fractions):
         wrong.append(f"fractions: different shares above 0, at most 1; found {list(fractions)}")
     if jobs < 1:
@@ -145,48 +240,60 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         RunError: another does, or it cannot be written.
     """
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{str(directory)!r} is a file; give a folder")
+    new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock")
+        lock = FileLock(directory / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"another process compares in {str(directory)!r}; wait for it, or give another --out") from None
+        raise RunError(f"another process compares in {str(directory)!r}; wait for it, or give another directory") from None
     except OSError as error:
         raise RunError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from None
     try:
         yield
+    except MTLError:
+        if new and not (directory / "runs").exists():  # nothing was trained
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     finally:
         lock.release()
 
 
-def begun(directory: Path, config: RunConfig) -> RunConfig:
-    """The config that all runs of a comparison are made from: of a new one `config` with every `auto` that arms have in common
-    resolved, which is noted; of one that was begun, what it noted. Where to compute and where data are is as now.
+def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
+    """The config that all runs of a comparison are made from, and what to note of it: of a new one `config` with every `auto`
+    that arms have in common resolved; of one that was begun, what it noted. Where to compute and where data are is as now.
 
     Raises:
         ConfigError: the directory holds a comparison of another config; with what differs.
+        RunError: it holds something else.
     """
-    note, base = directory / "comparison.json", resolved(config)
+    note, base, config = directory / NOTE, resolved(config), asked(config)
     if not note.is_file():
-        if (directory / "runs").exists():
-            raise RunError(f"{str(directory)!r} holds runs and no comparison.json; give another --out")
-        trees = {"asked": config.model_dump(mode="json"), "base": base.model_dump(mode="json")}
-        write_whole(note, json.dumps(trees, indent=1) + "\n")
-        return base
+        if others := sorted(one.name for one in directory.iterdir() if one.name != LOCK):
+            raise RunError(
+                f"{str(directory)!r} holds {others[0]!r} and no {NOTE}, so it is not a comparison's; nothing was written; give "
+                "another directory"
+            )
+        return base, json.dumps(
+            {"asked": config.model_dump(mode="json"), "base": base.model_dump(mode="json")}, indent=1
+        ) + "\n"
     try:
-        trees = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{str(note)!r} is damaged: {error}; give another --out") from None
-    asked = from_tree(trees["asked"], source=str(note))
-    if asked.digest() != config.digest():
-        changes = differing(asked.model_dump(mode="json"), config.model_dump(mode="json"))
+        text = note.read_text(encoding="utf-8")
+        trees = json.loads(text)
+        then, noted = (from_tree(trees[key], source=str(note)) for key in ("asked", "base"))
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{str(note)!r} is damaged ({error}); give another directory") from None
+    if then.digest() != config.digest():
+        changes = differing(then.model_dump(mode="json"), config.model_dump(mode="json"))
         raise ConfigError(
             [f"{key}: {was!r} there, {now!r} now" for key, (was, now) in changes.items()],
-            source=f"{str(directory)!r} holds a comparison of another config (give another --out)",
+            source=f"{str(directory)!r} holds a comparison of another config (give another directory)",
         )
-    noted = from_tree(trees["base"], source=str(note))
     data = noted.data.model_copy(update={"root": base.data.root, "workers": base.data.workers})
-    return noted.replaced(device=base.device, data=data)
+    starts = {task: start.model_copy(update={"path": base.init_from[task].path}) for task, start in noted.init_from.items()}
+    return noted.replaced(device=base.device, data=data, init_from=starts), text
 
 
 def differing(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -263,25 +370,36 @@ def train_pieces(
     Returns:
         Name of a run -> why, of those that failed.
     """
-    pieces = {piece.name: piece for cell in cells for piece in cell.pieces}
-    sources = {piece.name: piece for of in pieces.values() for piece in of.starts.values()}
-    first = {name: piece for name, piece in {**sources, **pieces}.items() if not piece.starts}
+    shares = len({cell.fraction for cell in cells}) > 1
+    pieces: dict[str, Piece] = {}
+    labels: dict[str, str] = {}
+    for cell in cells:
+        where = f", {100 * cell.fraction:g} %" * shares + f", seed {cell.seed}"
+        for piece in (*cell.pieces, *(source for of in cell.pieces for source in of.starts.values())):
+            pieces.setdefault(piece.name, piece)
+            task = f" {piece.tasks[0]}" if len(cell.pieces) > 1 else ""
+            labels.setdefault(piece.name, f"{cell.arm.name}{task}{where}")
+    first = {name: piece for name, piece in pieces.items() if not piece.starts}
+    then = {name: piece for name, piece in pieces.items() if piece.starts}
+    tally = Tally(len(pieces), progress)
     failed: dict[str, str] = {}
 
     def go(some: Mapping[str, Piece]) -> None:
-        jobs = [Job(placed(piece, runs), runs / name) for name, piece in some.items()]
-        failed.update({directory.name: why for directory, why in train_all(jobs, at_once, plugins, progress).items()})
+        jobs = [Job(placed(piece, runs), runs / name, labels[name]) for name, piece in some.items()]
+        failed.update({directory.name: why for directory, why in train_all(jobs, at_once, plugins, tally).items()})
 
-    then = {name: piece for name, piece in pieces.items() if piece.starts}
     try:
         go(first)
         for name, piece in then.items():
             if lost := [source.name for source in piece.starts.values() if source.name in failed]:
                 failed[name] = f"{lost[0]}, from which it starts, failed"
         go({name: piece for name, piece in then.items() if name not in failed})
-    except KeyboardInterrupt:
-        done = sum(finished(runs / name) is not None for name in {**first, **then})
-        progress.line(f"interrupted: {done} of {len(first) + len(then)} runs are finished, in {runs}; the same command goes on")
+    except (KeyboardInterrupt, SystemExit):
+        done = sum(finished(runs / name) is not None for name in pieces)
+        progress.line(
+            f"interrupted: {done} of {len(pieces)} runs are finished, in {runs}; the same command goes on with the others, and "
+            "starts anew what was under way"
+        )
         raise
     return failed
 
@@ -300,11 +418,11 @@ def collect(
     directory: Path,
     reference: str,
     failed: Mapping[str, str],
-    at_once: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """What `results.json` holds."""
-    analyst = Analyst(directory / "analysis", facts.base.device)
+    analyst = Analyst(directory / "analysis", facts.base.device, facts.base.data.root, progress)
+    runs = directory / "runs"
     rows, lost = [], []
     for i, cell in enumerate(cells, start=1):
         why = next((failed[piece.name] for piece in cell.pieces if piece.name in failed), None)
@@ -312,14 +430,15 @@ def collect(
         if why is not None:
             lost.append({**where, "why": why})
             continue
-        rows.append({**where, **figures_of(cell, facts, directory / "runs", analyst)})
-        if i == len(cells) or progress.due():
+        rows.append({**where, **figures_of(cell, facts, runs, analyst)})
+        if progress.due():
             progress.line(f"read {i} of {len(cells)} results")
             progress.shown()
     tasks = {
         task.name: {
             "score": task.score_name,
             "metrics": {metric.name: metric.better for metric in task.all_metrics},
+            "relative": relative_of(task.all_metrics).name,
             "dataset": task.dataset,
         }
         for task in facts.tasks
@@ -329,8 +448,7 @@ def collect(
     results = {
         "format": FORMAT,
         "config": facts.base.model_dump(mode="json"),
-        "environment": environment(facts.base),
-        "jobs": at_once,
+        **circumstances(rows, runs, facts.base),
         "tasks": tasks,
         "arms": [{"name": arm.name, "about": arm.about} for arm in arms],
         "reference": reference,
@@ -343,6 +461,26 @@ def collect(
         "failed": lost,
     }
     return {**results, "findings": tell(results)}
+
+
+def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig) -> dict[str, Any]:
+    """Where and how the runs were trained: `environment` as it is now, `machines`, each kind of place that runs noted with how
+    many there were, and `at_once`, the largest number that trained at a time.
+    """
+    names = sorted({name for row in rows for name in (*row["runs"], *row["starts"])})
+    noted = [json.loads((runs / name / "env.json").read_text(encoding="utf-8")) for name in names]
+    kinds = [
+        {
+            "device": one["device_name"],
+            "threads": one["threads"],
+            "torch": one["versions"]["torch"],
+            "mtl": one["versions"][DISTRIBUTION],
+        }
+        for one in noted
+    ]
+    machines = [{**kind, "runs": kinds.count(kind)} for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    at_once = max((one.get("at_once", 1) for one in noted), default=1)
+    return {"environment": environment(base), "machines": machines, "at_once": at_once}
 
 
 def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[str, Any]:
@@ -361,6 +499,8 @@ def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[s
     exchange = analyst.exchange(runs / cell.pieces[0].name) if len(cell.pieces) == 1 else None
     return {
         "runs": [piece.name for piece in cell.pieces],
+        "starts": sorted({source.name for piece in cell.pieces for source in piece.starts.values()}),
+        "steps": {piece.tasks[0]: (finished(runs / piece.name) or {})["steps"] for piece in cell.pieces},
         "test": test,
         "curves": learned,
         "cost": cost_of(cell, facts, runs),

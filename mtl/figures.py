@@ -1,5 +1,6 @@
-"""The pictures of a report, each from plain values to SVG text. Colours are Okabe and Ito's, which colour-blind people can tell
-apart, and no picture depends on colour alone: arms have markers and dashes too, matrices carry their numbers.
+"""The pictures of a report, each from plain values to SVG text. Colours are those of Okabe and Ito that show on white, which
+colour-blind people can tell apart, and no picture depends on colour alone: arms have markers and dashes too, matrices carry
+their numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)), (0, (1, 2)), "-")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)))
 WIDTH = 9.2
 """Of every picture, inches."""
 STYLE: Any = {
@@ -42,16 +43,31 @@ class Look:
         self.of = {name: i for i, name in enumerate(arms)}
 
     def colour(self, arm: str) -> str:
-        """Repeats after eight arms, which then have other markers."""
+        """Repeats after seven arms, which then have other markers."""
         return COLOURS[self.of[arm] % len(COLOURS)]
 
     def marker(self, arm: str) -> str:
         """Of single values."""
-        return MARKERS[self.of[arm] % len(MARKERS)]  # eleven, and eight colours: no pair twice in 88
+        return MARKERS[self.of[arm] % len(MARKERS)]  # eleven, and seven colours: no pair twice in 77
 
     def dashes(self, arm: str) -> Any:
         """Of lines."""
-        return DASHES[self.of[arm] % len(DASHES)]
+        return DASHES[self.of[arm] % len(DASHES)]  # six, and seven colours: no pair twice in 42
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name in lines of at most `width` letters where it has underlines or hyphens to part at.
+
+    >>> print(wrapped("multi_fashion_left", 14))
+    multi_fashion_
+    left
+    """
+    lines = [""]
+    for part in re.findall(r"[^_\-: ]*[_\-: ]?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def drawn(height: float, label: str, draw: Callable[[Figure], None]) -> str:
@@ -86,8 +102,8 @@ def scores(
                 seeds = points[arm][panel]
                 axis.plot(seeds, [row + 0.22] * len(seeds), ".", color=look.colour(arm), alpha=0.45, markersize=4)
                 _interval(axis, value, row, look, arm)
-            axis.set_title("mean over tasks" if panel == "mean" else f"{panel}: {tasks[panel]['score']}")
-            axis.set_yticks(range(len(arms)), arms)
+            axis.set_title("mean of tasks" if panel == "mean" else wrapped(f"{panel}: {tasks[panel]['score']}", 36))
+            axis.set_yticks(range(len(arms)), [wrapped(arm, 24) for arm in arms])
             axis.set_ylim(len(arms) - 0.5, -0.5)
             axis.grid(axis="x", color="#e5e5e5")
             axis.set_axisbelow(True)
@@ -95,6 +111,24 @@ def scores(
 
     height = 0.6 + (0.5 + 0.34 * len(arms)) * -(-len(panels) // 3)
     return drawn(height, "Test scores of every arm, per task and on average, with 95 % intervals over seeds", draw)
+
+
+COLUMNS, LISTED = 4, 42
+"""Of a legend; and how many it lists at most, from which on looks repeat."""
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Below all panels, what is drawn in one of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    if 0 < len(labels) <= LISTED:
+        shown = [wrapped(label, 34) for label in labels]
+        columns = COLUMNS if max(map(len, labels)) < 30 else COLUMNS - 1
+        figure.legend(handles, shown, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=8)
+
+
+def _legend_height(entries: int) -> float:
+    """Inches."""
+    return 0.24 * -(-entries // (COLUMNS - 1)) if entries <= LISTED else 0.0
 
 
 def _interval(axis: Axes, value: Mapping[str, Any], row: float, look: Look, arm: str) -> None:
@@ -112,7 +146,7 @@ def differences(findings: Mapping[str, Any], tasks: Mapping[str, Any], key: str,
 
     def draw(figure: Figure) -> None:
         rows = -(-len(panels) // 3)
-        axes = figure.subplots(rows, min(3, len(panels)), sharey=True, sharex=True, squeeze=False)
+        axes = figure.subplots(rows, min(3, len(panels)), sharey=True, squeeze=False)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, panel in zip(axes.flat, panels, strict=False):
@@ -121,8 +155,8 @@ def differences(findings: Mapping[str, Any], tasks: Mapping[str, Any], key: str,
                 d = findings["arms"][arm][key][panel]
                 hundred = {name: None if d[name] is None else 100 * d[name] for name in ("mean", "low", "high")}
                 _interval(axis, hundred, row, look, arm)
-            axis.set_title("mean over tasks" if panel == "mean" else panel)
-            axis.set_yticks(range(len(arms)), arms)
+            axis.set_title("mean of tasks" if panel == "mean" else wrapped(panel, 36))
+            axis.set_yticks(range(len(arms)), [wrapped(arm, 24) for arm in arms])
             axis.set_ylim(len(arms) - 0.5, -0.5)
             axis.grid(axis="x", color="#e5e5e5")
             axis.set_axisbelow(True)
@@ -161,14 +195,15 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]
                 )
                 if len(seeds) > 1:
                     axis.fill_between(epochs, values.min(0), values.max(0), color=look.colour(arm), alpha=0.12, linewidth=0)
-            axis.set_title(f"{task}: {tasks[task]['score']} on validation data")
+            axis.set_title(wrapped(f"{task}: {tasks[task]['score']} on validation data", 56))
             axis.set_xlabel("epoch")
             axis.locator_params(axis="x", integer=True)
             axis.grid(color="#ededed")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+        _legend(figure, axes.flat[0])
 
-    return drawn(0.7 + 2.7 * -(-len(tasks) // 2), "Validation score over epochs, per task and arm", draw)
+    return drawn(
+        0.7 + 2.7 * -(-len(tasks) // 2) + _legend_height(len(look.of)), "Validation score over epochs, per task and arm", draw
+    )
 
 
 def against_fraction(findings: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any], look: Look) -> str:
@@ -208,13 +243,16 @@ def against_fraction(findings: Sequence[Mapping[str, Any]], tasks: Mapping[str, 
             axis.set_xscale("log")
             axis.set_xticks(fractions, [f"{100 * f:g} %" for f in fractions])
             axis.minorticks_off()
-            axis.set_title("mean over tasks" if panel == "mean" else f"{panel}: {tasks[panel]['score']}")
+            axis.set_title("mean of tasks" if panel == "mean" else wrapped(f"{panel}: {tasks[panel]['score']}", 36))
             axis.set_xlabel("share of the training data")
             axis.grid(color="#ededed")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        _legend(figure, axes.flat[0])
 
-    return drawn(0.7 + 2.7 * -(-len(panels) // 3), "Test score against the share of the training data", draw)
+    return drawn(
+        0.7 + 2.7 * -(-len(panels) // 3) + _legend_height(len(look.of)),
+        "Test score against the share of the training data",
+        draw,
+    )
 
 
 COST_AXES = (
@@ -251,10 +289,11 @@ def against_cost(findings: Mapping[str, Any], look: Look) -> str:
             axis.set_xlim(left=0)
             axis.grid(color="#ededed")
         axes[0].set_ylabel("mean test score")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+        _legend(figure, axes[0])
 
-    return drawn(3.4, "Mean test score against parameters, work per image and training time", draw)
+    return drawn(
+        3.2 + _legend_height(len(look.of)), "Mean test score against parameters, work per image and training time", draw
+    )
 
 
 def matrices(
@@ -269,6 +308,8 @@ def matrices(
 
     `identity`: colours show the difference to it, so that it is white. Numbers below `least` have light colours.
     """
+    columns = min(len(of), max(1, int(WIDTH / (1.2 + 0.5 * len(tasks)))))
+    names = [wrapped(task, 20) for task in tasks]
 
     def draw(figure: Figure) -> None:
         shown = {
@@ -276,7 +317,6 @@ def matrices(
         }
         shade = {point: m - identity * np.eye(len(tasks)) for point, m in shown.items()}
         extent = max(max((np.nanmax(np.abs(m)) for m in shade.values()), default=0.0), least)
-        columns = min(len(of), 4)
         axes = figure.subplots(-(-len(of) // columns), columns, squeeze=False)
         for axis in axes.flat[len(of) :]:
             axis.set_visible(False)
@@ -285,8 +325,8 @@ def matrices(
             axis.set_title(point)
             axis.spines[:].set_visible(False)
             axis.tick_params(length=0)
-            axis.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
-            axis.set_yticks(range(len(tasks)), tasks if i % columns == 0 else [""] * len(tasks), fontsize=8)
+            axis.set_xticks(range(len(tasks)), names, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+            axis.set_yticks(range(len(tasks)), names if i % columns == 0 else [""] * len(tasks), fontsize=8)
             for (row, column), value in np.ndenumerate(m):
                 if np.isfinite(value):
                     dark = abs(shade[point][row, column]) > 0.6 * extent
@@ -296,8 +336,7 @@ def matrices(
         figure.supxlabel("from task", fontsize=9)
         figure.supylabel("to task", fontsize=9)
 
-    rows = -(-len(of) // min(len(of), 4))
-    return drawn(rows * (1.4 + 0.42 * len(tasks)) + 0.5, label, draw)
+    return drawn(-(-len(of) // columns) * (1.4 + 0.5 * len(tasks)) + 0.5, label, draw)
 
 
 def trajectories(seeds: Sequence[Mapping[str, Any]], tasks: Sequence[str], label: str) -> str:
@@ -332,12 +371,10 @@ def trajectories(seeds: Sequence[Mapping[str, Any]], tasks: Sequence[str], label
             axis.set_xlabel("epoch")
             axis.locator_params(axis="x", integer=True)
             axis.grid(color="#ededed")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        if len(labels) <= 12:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        _legend(figure, axes.flat[0])
 
     rows = -(-len(seeds[0]) // min(len(seeds[0]), 3))
-    return drawn(0.8 + 2.3 * rows, label, draw)
+    return drawn(0.7 + 2.3 * rows + _legend_height(len(tasks) * (len(tasks) - 1)), label, draw)
 
 
 def channels(of: Mapping[str, Sequence[Sequence[Sequence[float]]]], tasks: Sequence[str], label: str) -> str:
@@ -366,9 +403,7 @@ def channels(of: Mapping[str, Sequence[Sequence[Sequence[float]]]], tasks: Seque
             axis.set_title(point)
             axis.set_xlabel("channels, per cent, in order of size")
             axis.grid(color="#ededed")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        if len(labels) <= 12:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        _legend(figure, axes.flat[0])
 
     rows = -(-len(of) // min(len(of), 3))
-    return drawn(0.8 + 2.3 * rows, label, draw)
+    return drawn(0.7 + 2.3 * rows + _legend_height(len(tasks) * (len(tasks) - 1)), label, draw)

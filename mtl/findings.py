@@ -6,13 +6,14 @@ data and order. Takes and gives plain values, as they stand in `results.json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 from mtl.stats import ALPHA, delta_m, estimate, holm, permutation_p, seeds_needed
 
-BETTER, WORSE, OPEN, FEW = "better", "worse", "no difference shown", "too few seeds"
+BETTER, WORSE, OPEN, FEW = "better", "worse", "not shown", "too few seeds"
 """Verdicts: a corrected p of at most 0.05 in either direction; a larger one; fewer seeds than any claim needs."""
 
 Cells = Mapping[int, Mapping[str, Any]]
@@ -39,12 +40,13 @@ def _at(results: Mapping[str, Any], fraction: float) -> dict[str, Any]:
             "tasks": {task: _metrics(of_arm, task, about["metrics"]) for task, about in tasks.items()},
             "cost": _cost(of_arm),
         }
-        if reference in cells and name != reference:
-            said["difference"] = differences(of_arm, cells[reference], tasks)
         if baseline in cells and name != baseline:
-            said["transfer"] = differences(of_arm, cells[baseline], tasks)
             said["delta_m"] = _relative(of_arm, cells[baseline], tasks)
-    return {"fraction": fraction, "arms": arms, "answer": answer(arms, reference, len(tasks))}
+    for key, other in (("difference", reference), ("transfer", baseline)):
+        found = compared(cells, other, tasks) if other in cells else {}
+        for name, of in found.items():
+            arms[name][key] = of
+    return {"fraction": fraction, "arms": arms, "answer": answer(arms, results, fraction)}
 
 
 def task_score(cell: Mapping[str, Any], task: str, tasks: Mapping[str, Any]) -> float:
@@ -69,28 +71,44 @@ def _metrics(cells: Cells, task: str, metrics: Mapping[str, Any]) -> dict[str, A
 COSTS = ("parameters", "flops_per_image", "seconds_per_step", "peak_memory_bytes", "training_seconds")
 
 
-def _cost(cells: Cells) -> dict[str, float | None]:
-    """Means over seeds."""
-    found: dict[str, float | None] = {}
+def _cost(cells: Cells) -> dict[str, Any]:
+    """Medians over seeds, and under "spread" the least and the most seconds of a step."""
+    found: dict[str, Any] = {}
     for cost in COSTS:
         values = [cell["cost"][cost] for cell in cells.values() if cell["cost"][cost] is not None]
-        found[cost] = sum(values) / len(values) if values else None
-    return found
+        found[cost] = median(values) if values else None
+    times = [cell["cost"]["seconds_per_step"] for cell in cells.values()]
+    return {**found, "spread": [min(times), max(times)]}
 
 
-def differences(cells: Cells, others: Cells, tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each task's score, and under "mean" of their mean, over the seeds that both arms have.
+def compared(cells: Mapping[str, Cells], other: str, tasks: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arm -> each task's difference to the arm `other`, and under "mean" that of their mean, over the seeds that both have.
 
-    p-values of the tasks are corrected for their number; that of the mean is a single one.
+    Each has an estimate and
+        p: of the mean corrected over arms (Holm), of a task over tasks.
+        verdict: what that p allows to say.
+        overall_p: of a task, corrected over tasks and arms, for claims that are picked from all of them.
     """
-    seeds = sorted(cells.keys() & others.keys())
-    if not seeds:
-        return {}
-    pairs = {task: [task_score(cells[s], task, tasks) - task_score(others[s], task, tasks) for s in seeds] for task in tasks}
-    corrected = holm([permutation_p(of_task) for of_task in pairs.values()])
-    found = {task: _difference(d, p, len(tasks)) for (task, d), p in zip(pairs.items(), corrected, strict=True)}
-    means = [mean_score(cells[s], tasks) - mean_score(others[s], tasks) for s in seeds]
-    return {**found, "mean": _difference(means, permutation_p(means), len(tasks))}
+    pairs: dict[str, dict[str, list[float]]] = {}
+    for name, of_arm in cells.items():
+        seeds = sorted(of_arm.keys() & cells[other].keys())
+        if name == other or not seeds:
+            continue
+        both = [(of_arm[seed], cells[other][seed]) for seed in seeds]
+        pairs[name] = {task: [task_score(a, task, tasks) - task_score(b, task, tasks) for a, b in both] for task in tasks}
+        pairs[name]["mean"] = [mean_score(a, tasks) - mean_score(b, tasks) for a, b in both]
+    raw = {name: {what: permutation_p(d) for what, d in of.items()} for name, of in pairs.items()}
+    of_means = dict(zip(raw, holm([p["mean"] for p in raw.values()]), strict=True))
+    overall = iter(holm([p[task] for p in raw.values() for task in tasks]))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, of in pairs.items():
+        of_tasks = holm([raw[name][task] for task in tasks])
+        found[name] = {
+            task: {**_difference(of[task], p, len(tasks)), "overall_p": next(overall)}
+            for task, p in zip(tasks, of_tasks, strict=True)
+        }
+        found[name]["mean"] = _difference(of["mean"], of_means[name], len(pairs))
+    return found
 
 
 def _difference(d: Sequence[float], p: float, comparisons: int) -> dict[str, Any]:
@@ -105,50 +123,94 @@ def _difference(d: Sequence[float], p: float, comparisons: int) -> dict[str, Any
 
 
 def _relative(cells: Cells, baselines: Cells, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
-    """delta_m per seed, against the single-task runs of that seed, over the scores."""
-    seeds = sorted(cells.keys() & baselines.keys())
-    return _estimated(
-        [
-            delta_m(
-                [task_score(cells[seed], task, tasks) for task in tasks],
-                [task_score(baselines[seed], task, tasks) for task in tasks],
-                [True] * len(tasks),
-            )
-            for seed in seeds
-        ]
-    )
+    """delta_m per seed, against the single-task runs of that seed; None where it is not defined with one of them."""
+    chosen = {task: about["relative"] for task, about in tasks.items()}
+    found: list[float] = []
+    for seed in sorted(cells.keys() & baselines.keys()):
+        values, others = ([of[seed]["test"][task][metric] for task, metric in chosen.items()] for of in (cells, baselines))
+        if None in values or None in others:
+            return None
+        change = delta_m(values, others, [tasks[task]["metrics"][metric] == "higher" for task, metric in chosen.items()])
+        if change is None:
+            return None
+        found.append(change)
+    return _estimated(found)
 
 
-def answer(arms: Mapping[str, Any], reference: str, tasks: int) -> str:
-    """One sentence: which arms do better or worse than the reference, of which that is not shown, and whether it could be.
-
-    Differences are of the mean over tasks, in points: hundredths of a score.
+def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float) -> str:
+    """Which arms do better or worse than the reference on average and on which tasks, of which that is not shown, and whether
+    it could be; which arms failed. Differences are in points: hundredths of a score.
     """
-    compared = {name: said["difference"]["mean"] for name, said in arms.items() if said.get("difference")}
-    if not compared:
-        return f"Only {reference} was trained: there is nothing to compare it with."
+    reference, names = results["reference"], [arm["name"] for arm in results["arms"]]
+    said = {name: of["difference"] for name, of in arms.items() if of.get("difference")}
+    parts = []
+    if names == [reference] and arms:
+        parts.append(f"There is one arm, {reference}: nothing to compare it with.")
+    elif reference not in arms:
+        parts.append(f"Nothing can be compared: no run of {reference}, the reference, is finished.")
+    elif not said:
+        parts.append(f"Nothing can be compared with {reference}: no seed has both it and another arm.")
+    else:
+        parts.append(_on_average(said, reference))
+        parts += _task_by_task(said)
+    for name in names:
+        lost = [one for one in results["failed"] if one["arm"] == name and one["fraction"] == fraction]
+        if lost and name not in arms:
+            parts.append(f"{name} failed with every seed.")
+        elif lost:
+            parts.append(f"{name} failed with {len(lost)} of {len(lost) + len(arms[name]['seeds'])} seeds, which are left out.")
+    return " ".join(parts)
+
+
+AT_LENGTH = 4
+"""Arms of one verdict up to which each is named with its interval."""
+
+
+def _on_average(said: Mapping[str, Any], reference: str) -> str:
     by_verdict: dict[str, list[str]] = {}
-    for name, d in compared.items():
-        by_verdict.setdefault(d["verdict"], []).append(f"{name} ({points(d)})")
-    parts = [
-        f"{', '.join(by_verdict[v])} {'does' if len(by_verdict[v]) == 1 else 'do'} {v}"
-        for v in (BETTER, WORSE)
-        if v in by_verdict
-    ]
-    if OPEN in by_verdict:
-        parts.append(f"no difference is shown for {', '.join(by_verdict[OPEN])}")
-    if few := by_verdict.get(FEW):
-        n, needed = min(d["n"] for d in compared.values()), seeds_needed(tasks)
-        measured = f"; measured: {', '.join(few)}" if len(few) <= 3 else ""
-        parts.append(
-            f"{n} seed{'s' * (n > 1)} cannot show a difference, which takes {needed} or more with {tasks} "
-            f"task{'s' * (tasks > 1)}{measured}"
-        )
+    for name, of in said.items():
+        by_verdict.setdefault(of["mean"]["verdict"], []).append(name)
+    parts = []
+    for verdict, names in by_verdict.items():
+        listed, n = _listed(names, said), min(said[name]["mean"]["n"] for name in names)
+        if verdict == OPEN:
+            parts.append(f"no difference is shown for {listed}")
+        elif verdict == FEW:
+            needed, others = seeds_needed(len(said)), f"{len(said)} arm{'s' * (len(said) > 1)} to compare"
+            parts.append(
+                f"whether {listed} differ{'s' * (len(names) == 1)} cannot be told from {n} seed{'s' * (n > 1)}, since with "
+                f"{others} it takes {needed} or more"
+            )
+        else:
+            parts.append(f"{listed} {'does' if len(names) == 1 else 'do'} {verdict}")
     return f"Compared with {reference}, in points of the mean test score: {'; '.join(parts)}."
 
 
+def _listed(names: Sequence[str], said: Mapping[str, Any]) -> str:
+    if len(names) <= AT_LENGTH:
+        return ", ".join(f"{name} ({points(said[name]['mean'])})" for name in names)
+    order = sorted(names, key=lambda name: said[name]["mean"]["mean"])
+    least, most = (f"{name} {100 * said[name]['mean']['mean']:+.2f}" for name in (order[0], order[-1]))
+    return f"{len(names)} arms (from {least} to {most})"
+
+
+def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
+    """The differences of single tasks that remain after correction over all tasks and arms."""
+    parts = []
+    for name, of in said.items():
+        for verdict in (BETTER, WORSE):
+            there = {task: d["mean"] for task, d in of.items() if task != "mean" and d["overall_p"] <= ALPHA}
+            some = [f"{task} ({100 * d:+.2f})" for task, d in there.items() if (d > 0) == (verdict == BETTER)]
+            if some:
+                parts.append(f"{name} is {verdict} on {', '.join(some)}")
+    if len(parts) > 2 * AT_LENGTH:
+        parts = [*parts[: 2 * AT_LENGTH], f"and {len(parts) - 2 * AT_LENGTH} more below"]
+    if parts:
+        yield f"Task by task: {'; '.join(parts)}."
+
+
 def points(d: Mapping[str, Any]) -> str:
-    """A difference in points, with its 95 % interval."""
-    if d["low"] is None:
+    """A difference in points, with its 95 % interval from three seeds on, below which it says nothing."""
+    if d["low"] is None or d["n"] < 3:
         return f"{100 * d['mean']:+.2f}"
     return f"{100 * d['mean']:+.2f}, 95 % interval {100 * d['low']:+.2f} to {100 * d['high']:+.2f}"

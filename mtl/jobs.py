@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -24,25 +27,79 @@ from mtl.errors import DivergedError, RunError
 from mtl.hardware import usable_cores
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
+from mtl.rundir import write_whole
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to train, and where."""
+    """A run to train, where, and what to call it."""
 
     config: RunConfig
     directory: Path
+    label: str
+
+
+NEEDED = ("test", "steps", "training_seconds", "peak_memory_bytes")
+"""Keys of a `result.json` without which a run does not count as finished."""
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """What a finished run came to; None where there is none."""
+    """What a finished run came to; None where there is none, or what is there is damaged.
+
+    Raises:
+        RunError: it cannot be read.
+    """
     try:
-        return dict(json.loads((directory / "result.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        said = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    except OSError as error:
+        raise RunError(f"cannot read the run {str(directory)!r}: {error.strerror or error}") from None
+    return said if isinstance(said, dict) and all(key in said for key in NEEDED) else None
 
 
-def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], progress: Progress) -> dict[Path, str]:
+class Tally:
+    """How many of all runs are done, and for how long the others will take.
+
+    Args:
+        total: runs.
+        progress: told of each.
+    """
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.total, self.progress = total, progress
+        self.done = 0
+        self._trained, self._began = 0, time.monotonic()
+
+    def begin(self, kept: int, jobs: Sequence[Job]) -> None:
+        """`kept` of the runs are there already, `jobs` are to be trained."""
+        self.done += kept
+        if jobs:
+            self.progress.line(f"{len(jobs)} runs to train" + (f", {self.done} are there" if self.done else ""))
+
+    def line(self, job: Job, text: str) -> None:
+        """Say something of a run."""
+        self.progress.line(f"[{min(self.done + 1, self.total)}/{self.total}] {job.label}{text}")
+
+    def count(self, job: Job, why: str | None, seconds: float) -> None:
+        """A run is done, or failed."""
+        self._trained += 1
+        left = (time.monotonic() - self._began) / self._trained * (self.total - self.done - 1)
+        then = f"; about {spoken(left)} left" if self.done + 1 < self.total else ""
+        self.line(job, f": failed: {why}{then}" if why is not None else f": {spoken(seconds)}{then}")
+        self.done += 1
+
+
+def spoken(seconds: float) -> str:
+    """A time in words.
+
+    >>> spoken(84), spoken(600), spoken(9000)
+    ('84 s', '10 min', '2.5 h')
+    """
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: Tally) -> dict[Path, str]:
     """Train every job that is not finished.
 
     Args:
@@ -50,7 +107,7 @@ def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], progre
         at_once: how many at a time. More than one run in processes of their own: on CUDA they take turns at the visible
             devices, on a CPU each has its share of the cores.
         plugins: files that these processes load.
-        progress: told of each.
+        tally: told of each.
 
     Returns:
         Directory -> why, of those that failed by themselves: a loss that is no longer finite.
@@ -59,30 +116,34 @@ def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], progre
         MTLError: what fails for other runs as well: the config, the data, a plugin, a process that died.
     """
     left = [job for job in jobs if finished(job.directory) is None]
+    tally.begin(len(jobs) - len(left), left)
     if not left:
         return {}
     if at_once == 1 or len(left) == 1:
-        return _one_by_one(left, len(jobs), progress)
-    return _at_once(left, len(jobs), min(at_once, len(left)), plugins, progress)
+        return _one_by_one(left, tally)
+    return _at_once(left, min(at_once, len(left)), plugins, tally)
 
 
-def _one_by_one(left: Sequence[Job], total: int, progress: Progress) -> dict[Path, str]:
+def _one_by_one(left: Sequence[Job], tally: Tally) -> dict[Path, str]:
     failed = {}
-    for i, job in enumerate(left, start=1 + total - len(left)):
-        progress.line(f"[{i}/{total}] {job.directory.name}")
-        if (why := _train(job, progress)) is not None:
+    for job in left:
+        tally.line(job, f" ({job.directory.name})")
+        started = time.monotonic()
+        if (why := _train(job, tally.progress)) is not None:
             failed[job.directory] = why
-            progress.line(f"[{i}/{total}] {job.directory.name} failed: {why}")
+        tally.count(job, why, time.monotonic() - started)
     return failed
 
 
-def _train(job: Job, progress: Progress) -> str | None:
+def _train(job: Job, progress: Progress, at_once: int = 1) -> str | None:
     if job.directory.exists():
         shutil.rmtree(job.directory)  # without a result; its seed would give the same again
     try:
         train(job.config, job.directory, progress)
     except DivergedError as error:
         return str(error)
+    note = job.directory / "env.json"
+    write_whole(note, json.dumps({**json.loads(note.read_text(encoding="utf-8")), "at_once": at_once}, indent=2) + "\n")
     return None
 
 
@@ -92,45 +153,67 @@ _device = ""
 
 def _begin(plugins: Sequence[Path], devices: Queue[str], threads: int) -> None:
     global _device
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
     _device = devices.get()
     torch.set_num_threads(threads)
     for path in plugins:
         load_plugin_file(path)
 
 
-def _work(tree: dict[str, Any], directory: Path, workers: int) -> tuple[str | None, float]:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # killed: nobody is left to train for, and another may begin this run anew
+
+
+def _work(tree: dict[str, Any], directory: Path, workers: int, at_once: int) -> tuple[str | None, float]:
     """Train in a process of its own. Returns why it failed, if it did, and the seconds that it took."""
     started = time.monotonic()
     config = from_tree(tree)
     decoders = min(workers, config.data.workers) if isinstance(config.data.workers, int) else workers
     config = config.replaced(device=_device, data=config.data.model_copy(update={"workers": decoders}))
-    return _train(Job(config, directory), Silent()), time.monotonic() - started
+    return _train(Job(config, directory, ""), Silent(), at_once), time.monotonic() - started
 
 
-def _at_once(left: Sequence[Job], total: int, at_once: int, plugins: Sequence[Path], progress: Progress) -> dict[Path, str]:
+PATIENCE = 60.0
+"""Seconds without news after which several at once say that they are at work."""
+
+
+def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: Tally) -> dict[Path, str]:
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
     for device in _spread(left[0].config.device, at_once):
         devices.put(device)
     threads = max(1, usable_cores() // at_once)
-    failed, done = {}, total - len(left)
+    failed: dict[Path, str] = {}
+    others = multiprocessing.active_children()
     executor = ProcessPoolExecutor(at_once, context, _begin, (list(plugins), devices, threads))
     try:
-        futures = {executor.submit(_work, job.config.model_dump(mode="json"), job.directory, threads): job for job in left}
-        for future in as_completed(futures):
-            name, (why, seconds) = futures[future].directory.name, future.result()
-            done += 1
-            progress.line(f"[{done}/{total}] {name}: " + (f"failed: {why}" if why is not None else f"{seconds:.0f} s"))
-            if why is not None:
-                failed[futures[future].directory] = why
+        futures = {
+            executor.submit(_work, job.config.model_dump(mode="json"), job.directory, threads, at_once): job for job in left
+        }
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, PATIENCE, FIRST_COMPLETED)
+            if not done:
+                tally.progress.line(f"{min(at_once, len(waiting))} runs are under way")
+            for future in done:
+                why, seconds = future.result()
+                tally.count(futures[future], why, seconds)
+                if why is not None:
+                    failed[futures[future].directory] = why
     except BrokenProcessPool:
         raise RunError(
-            "a training process died, for lack of memory perhaps; finished runs are kept: the same command goes on with the "
-            "others; use fewer jobs or a smaller batch_size"
+            "a training process died: for lack of memory perhaps (use fewer jobs or a smaller batch_size), or because the "
+            "call of mtl.compare is neither in a file nor there under if __name__ == '__main__':; finished runs are kept, and "
+            "the same call goes on with the others"
         ) from None
     except BaseException:
         for process in multiprocessing.active_children():
-            process.terminate()
+            if process not in others:
+                process.terminate()
         raise
     finally:
         executor.shutdown(wait=False, cancel_futures=True)

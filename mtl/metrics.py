@@ -34,12 +34,15 @@ class Metric:
         make: makes the torchmetrics object that computes it from (predictions, targets).
         score: this is the bounded figure, at most 1 and higher is better, by which weights are selected. Exactly one metric of
             a task carries it.
+        relative: its relative change is what `delta_m` takes of this task, in place of the score's: for scores that may come
+            near zero or below (R^2), whose relative change says nothing. At most one metric of a task.
     """
 
     name: str
     better: Literal["higher", "lower"]
     make: Callable[[], torchmetrics.Metric]
     score: bool = False
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):
@@ -77,6 +80,12 @@ def score_of(task: str, metrics: Iterable[Metric]) -> Metric:
         found = ", ".join(metric.name for metric in scores) or "none"
         raise MTLError(f"task {task!r}: exactly one metric must have score=True; found {found} of: {', '.join(names)}")
     return scores[0]
+
+
+def relative_of(metrics: Iterable[Metric]) -> Metric:
+    """The metric of a task whose relative change counts: the one that says so, else the score."""
+    metrics = tuple(metrics)
+    return next((metric for metric in metrics if metric.relative), next(metric for metric in metrics if metric.score))
 
 
 class Meter:

@@ -83,7 +83,7 @@ class Ordinal(DataclassHead):
         several: dict[str, Any] = {"num_classes": len(self.classes), "validate_args": False}
         return (
             Metric("kappa_quadratic", "higher", partial(_kappa, len(self.classes)), score=True),
-            Metric("mae_classes", "lower", torchmetric("MeanAbsoluteError", of="regression")),
+            Metric("mae_classes", "lower", torchmetric("MeanAbsoluteError", of="regression"), relative=True),
             Metric("accuracy", "higher", torchmetric("MulticlassAccuracy", average="micro", **several)),
         )
 

@@ -53,18 +53,12 @@ def brief(said: dict[str, Any]) -> str:
 def print_comparison(results: dict[str, Any]) -> None:
     """A table of scores and differences for each share of the data, and the answer."""
     from mtl.report import answers, notes
-    from mtl.sections import in_points, plus_minus
+    from mtl.sections import summary
 
-    tasks, reference = results["tasks"], results["reference"]
     for said in results["findings"]:
-        share = f", {100 * said['fraction']:g} % of the training data" if len(results["findings"]) > 1 else ""
-        rows = [["test score" + share, "seeds", "mean of tasks", *tasks, f"points over {reference}", "p", "parameters"]]
-        for name, of in said["arms"].items():
-            d = of.get("difference", {}).get("mean")
-            scores = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
-            p, parameters = "" if d is None else f"{d['p']:.2g}", f"{of['cost']['parameters']:,.0f}"
-            rows.append([name, str(len(of["seeds"])), plus_minus(of["mean"]), *scores, in_points(d), p, parameters])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = summary(results, said)
+        rows = [table.head, *table.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
         for first, *others in rows:
             print(
                 f"{first:{widths[0]}}", *[f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)], sep="  "

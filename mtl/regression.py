@@ -126,7 +126,7 @@ class Regression(DataclassHead):
         return (
             Metric("r2", "higher", torchmetric("R2Score", of="regression"), score=True),
             Metric(f"mae{suffix}", "lower", torchmetric("MeanAbsoluteError", of="regression")),
-            Metric(f"rmse{suffix}", "lower", torchmetric("MeanSquaredError", of="regression", squared=False)),
+            Metric(f"rmse{suffix}", "lower", torchmetric("MeanSquaredError", of="regression", squared=False), relative=True),
         )
 
     def predictions(self, output: Tensor) -> Tensor:

@@ -93,36 +93,60 @@ def answers(results: Mapping[str, Any]) -> list[str]:
 
 def facts(results: Mapping[str, Any]) -> str:
     """What every figure needs beside it, in a line."""
-    environment, config = results["environment"], results["config"]
-    sizes = results["samples"][f"{results['fractions'][-1]:g}"]
+    seeds, fractions = results["seeds"], results["fractions"]
+    shares = "" if len(fractions) == 1 else f" at {100 * fractions[-1]:g} % (the other shares below)"
     splits = "; ".join(
-        f"{split} {', '.join(f'{n:,} {name}' for name, n in parts.items())}" for split, parts in sizes.items() if parts
+        f"{split} {', '.join(f'{n:,} {name}' for name, n in parts.items())}"
+        for split, parts in results["samples"][f"{fractions[-1]:g}"].items()
+        if parts
     )
-    versions = environment["versions"]
+    places = "; ".join(
+        f"{one['device']}, {counted(one['threads'], 'thread')}, torch {one['torch']}, mtl {one['mtl']}"
+        + (f" ({counted(one['runs'], 'run')})" if len(results["machines"]) > 1 else "")
+        for one in results["machines"]
+    )
     return (
-        f"Seeds {', '.join(map(str, results['seeds']))}. Samples: {splits}. {environment['device_name']}, "
-        f"{environment['threads']} threads, {config['precision']}; torch {versions['torch']}, mtl {versions['crosstitch']}; "
-        f"config {environment['config_digest']}."
+        f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Samples{shares}: {splits}. {places}; "
+        f"{results['config']['precision']}. Digest of the config: {results['environment']['config_digest']}."
     )
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "seed"), counted(1200, "seed")
+    ('1 seed', '1,200 seeds')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What a reader should not overlook."""
     found = []
-    n, tasks = len(results["seeds"]), len(results["tasks"])
-    if n < seeds_needed(tasks):
+    tasks, arms = len(results["tasks"]), len(results["arms"])
+    pairs = [d["n"] for said in results["findings"] for of in said["arms"].values() for d in of.get("difference", {}).values()]
+    if pairs and min(pairs) < max(seeds_needed(tasks), seeds_needed(arms - 1)):
         found.append(
-            f"{n} seed{'s' * (n > 1)}: too few for any claim. An exact paired test cannot give a corrected p of 0.05 or less "
-            f"with fewer than {seeds_needed(tasks)} seeds and {tasks} task{'s' * (tasks > 1)}."
+            f"{counted(min(pairs), 'seed')}: an exact paired test cannot give a corrected p of 0.05 or less with fewer than "
+            f"{counted(seeds_needed(arms - 1), 'seed')} for the mean of tasks of {counted(arms - 1, 'arm')}, or "
+            f"{seeds_needed(tasks)} for one of {counted(tasks, 'task')}."
         )
-    if results["jobs"] > 1:
+    labels = {task: n for of in results["labelled"].values() for task, n in of.items()}
+    if len(set(labels.values())) > 1:
+        each = ", ".join(f"{task} on {n:,}" for task, n in labels.items())
         found.append(
-            f"{results['jobs']} runs trained at once and shared the cores, each with fewer threads than stand above: their "
-            "times and step times are not those of a run alone, and not to be compared."
+            f"Training samples are labelled unevenly: {each}. Arms take equally many steps, so a run of one task alone sees "
+            "its few labels far more often than a joint run does, and differences to such runs are also of that. Validation "
+            "data, on which weights are chosen, are labelled as the dataset has them."
+        )
+    if results["at_once"] > 1:
+        found.append(
+            f"Up to {results['at_once']} runs trained at once and shared the machine: their times and step times are not those "
+            "of a run alone, and not to be compared."
         )
     if results["failed"]:
         each = "; ".join(f"{one['arm']}, seed {one['seed']}: {one['why']}" for one in results["failed"][:5])
-        found.append(f"{len(results['failed'])} cells are missing, for a run of theirs failed: {each}.")
+        found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed: {each}.")
     if results["config"]["data"]["validation"] == 0:
         found.append("Without validation data: the last epoch's weights are tested.")
     return found
@@ -130,21 +154,46 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 def method(results: Mapping[str, Any]) -> list[str]:
     """How the figures came about."""
-    baseline = results["baseline"]
-    lines = [
-        "All arms had the same splits, the same order of samples, the same number of optimizer steps and the same settings; "
-        "those of one seed also the same initial weights of each task's tower. Weights were chosen on validation data by the "
-        "mean score of the tasks that a run trains; the test split was read once, at the end.",
+    lines = [f"{arm['name']}: {arm['about']}." for arm in results["arms"]]
+    lines.append(
+        f"All arms had the same splits and the same training samples; {steps_taken(results)}. Joint runs of one seed had the "
+        "same order of samples and the same initial weights of each task's tower, unless an arm's own overrides say otherwise. "
+        "Settings are the config's: none was tuned for an arm. Weights were chosen on validation data by the mean score of the "
+        "tasks that a run trains; the test split was read once, at the end."
+    )
+    if warm := list(dict.fromkeys(cell["arm"] for cell in results["cells"] if cell["starts"])):
+        lines.append(
+            f"{', '.join(warm)}: towers start from the weights of the single-task runs of the same seed, not from those of the "
+            "other arms; the training time counts these runs, the number of steps does not."
+        )
+    lines += [
         "Intervals are 95 %: Student's t below 20 seeds, BCa bootstrap from 20 on. They say how results vary with the seed, on "
-        "this split of this data.",
-        "Differences are paired by seed; p is that of an exact two-sided permutation test of their signs, corrected over tasks "
-        "(Holm). With several arms, one in twenty comparisons without any difference still falls below 0.05.",
+        "this split of this data, and are not corrected for how many there are.",
+        "Differences are paired by seed; p is that of a two-sided permutation test of their signs, exact up to 20 seeds, above "
+        "from 100,000 random ones. It is corrected (Holm): of the mean of tasks over the arms compared, of a task over the "
+        "tasks. The sentence at the top names a task only where its p, corrected over tasks and arms, is at most 0.05. "
+        "Where an interval and p disagree, p decides: it supposes less.",
         "A point is a hundredth of a score. Where no difference is shown, there may be one as large as the interval says.",
     ]
-    lines[:0] = [f"{arm['name']}: {arm['about']}." for arm in results["arms"]]
-    if baseline is not None:
+    if results["baseline"] is not None:
+        relative = ", ".join(f"{about['relative']} of {task}" for task, about in results["tasks"].items())
         lines.append(
-            "delta_m is the mean over tasks of the relative change of the score against the single-task runs of the same seed. "
-            "Negative transfer: a task is worse than its single-task runs."
+            "delta_m is the mean over tasks of the relative change, signed so that more is better, against the single-task "
+            f"runs of the same seed: of {relative}. Negative transfer: a task's score is worse than that of its single-task "
+            "runs. A joint run that exchanges nothing still differs from them: it draws other dropout, and chooses its weights "
+            "by the mean of all tasks."
         )
     return lines
+
+
+def steps_taken(results: Mapping[str, Any]) -> str:
+    """Whether all runs took equally many optimizer steps, and else which arm took how many."""
+    taken: dict[str, dict[float, set[int]]] = {}
+    for cell in results["cells"]:
+        taken.setdefault(cell["arm"], {}).setdefault(cell["fraction"], set()).update(cell["steps"].values())
+    together = [set().union(*(of.get(fraction, ()) for of in taken.values())) for fraction in results["fractions"]]
+    if all(len(numbers) <= 1 for numbers in together):
+        each = ", ".join(f"{n:,}" for numbers in together for n in numbers)
+        return f"every run took the same number of optimizer steps ({each})"
+    each = "; ".join(f"{arm} {', '.join(f'{n:,}' for n in sorted(set().union(*of.values())))}" for arm, of in taken.items())
+    return f"they did not all take the same number of optimizer steps ({each})"

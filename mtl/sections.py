@@ -8,7 +8,7 @@ from typing import Any
 
 from mtl import figures
 from mtl.figures import Look
-from mtl.findings import WORSE, mean_score, task_score
+from mtl.findings import FEW, WORSE, mean_score, task_score
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,14 @@ def sections_of(results: Mapping[str, Any]) -> Iterator[Section]:
     several = len(results["fractions"]) > 1
     if several:
         picture = figures.against_fraction(results["findings"], tasks, look)
-        yield Section("Against the share of the training data", [Part(picture=picture)])
+        head = ["share", *[f"samples of {name}" for name in next(iter(results["samples"].values()))["train"]]]
+        head += [f"labels of {task}" for task in tasks]
+        rows = [
+            [f"{100 * fraction:g} %", *map(str, results["samples"][key]["train"].values()), *map(str, labels.values())]
+            for fraction, (key, labels) in zip(results["fractions"], results["labelled"].items(), strict=True)
+        ]
+        parts = [Part(picture=picture), Part(heading="What is trained on", table=Table(head, rows))]
+        yield Section("Against the share of the training data", parts)
     for said in results["findings"]:
         where = f" with {100 * said['fraction']:g} % of the training data" if several else ""
         yield Section(f"Scores{where}", list(score_parts(results, said, look)))
@@ -78,7 +85,29 @@ def in_points(d: Mapping[str, Any] | None) -> str:
         return ""
     if d["low"] is None:
         return f"{100 * d['mean']:+.2f}"
-    return f"{100 * d['mean']:+.2f} ± {50 * (d['high'] - d['low']):.2f}"
+    below, above = 100 * (d["mean"] - d["low"]), 100 * (d["high"] - d["mean"])
+    return f"{100 * d['mean']:+.2f} " + (f"± {above:.2f}" if d["method"] == "t" else f"(-{below:.2f} +{above:.2f})")
+
+
+def p_value(d: Mapping[str, Any] | None) -> str:
+    """A p-value; of one pair there is none."""
+    return "" if d is None or d["n"] < 2 else f"{d['p']:.2g}"
+
+
+def summary(results: Mapping[str, Any], said: Mapping[str, Any]) -> Table:
+    """The scores at one share of the data in a table: with the difference to the reference, and to the single-task runs."""
+    tasks, baseline = results["tasks"], results["baseline"]
+    share = f", {100 * said['fraction']:g} % of the training data" if len(results["findings"]) > 1 else ""
+    head = ["test score" + share, "seeds", "mean of tasks", *tasks, f"points over {results['reference']}", "p"]
+    rows = []
+    for name, of in said["arms"].items():
+        d = of.get("difference", {}).get("mean")
+        scores = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
+        row = [name, str(len(of["seeds"])), plus_minus(of["mean"]), *scores, in_points(d), p_value(d)]
+        if baseline is not None:
+            row.append(plus_minus(of["delta_m"], 2) if of.get("delta_m") else "")
+        rows.append([*row, f"{of['cost']['parameters']:,.0f}"])
+    return Table([*head, *["delta_m, %"] * (baseline is not None), "parameters"], rows)
 
 
 def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look) -> Iterator[Part]:
@@ -107,24 +136,11 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
     )
     compared = {name: of["difference"] for name, of in said["arms"].items() if of.get("difference")}
     if compared:
-        head = [
-            "arm",
-            "pairs",
-            "mean of tasks, points",
-            "p",
-            *[cell for task in tasks for cell in (f"{task}, points", "p")],
-            "mean of tasks is",
-        ]
+        head = ["arm", "pairs", "of", "points", "p", "it is"]
         rows = [
-            [
-                name,
-                str(d["mean"]["n"]),
-                in_points(d["mean"]),
-                f"{d['mean']['p']:.2g}",
-                *[cell for task in tasks for cell in (in_points(d[task]), f"{d[task]['p']:.2g}")],
-                d["mean"]["verdict"],
-            ]
+            [name * (what == "mean"), str(d[what]["n"]), label, in_points(d[what]), p_value(d[what]), d[what]["verdict"]]
             for name, d in compared.items()
+            for what, label in (("mean", "mean of tasks"), *((task, task) for task in tasks))
         ]
         title = f"Difference to {reference}, points, paired by seed, with 95 % intervals"
         yield Part(
@@ -149,18 +165,16 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
 def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look) -> Iterator[Part]:
     """Differences to the single-task runs, delta_m, and who loses."""
     tasks = results["tasks"]
-    head = ["arm", "delta_m, %", *[f"{task}, points" for task in tasks], "negative transfer"]
+    head = ["arm", "negative transfer", "delta_m, %", *[f"{task}, points" for task in tasks]]
     rows = []
     for name, of in said["arms"].items():
         if not of.get("transfer"):
             continue
         losing = [task for task in tasks if of["transfer"][task]["verdict"] == WORSE]
-        below = [task for task in tasks if of["transfer"][task]["mean"] < 0 and task not in losing]
-        words = ", ".join(losing) or "none shown"
-        if below:
-            words += f" (below, not shown: {', '.join(below)})"
+        few = all(of["transfer"][task]["verdict"] == FEW for task in tasks)
+        words = ", ".join(losing) or ("too few seeds" if few else "not shown")
         delta = plus_minus(of["delta_m"], 2) if of["delta_m"] is not None else "-"
-        rows.append([name, delta, *[in_points(of["transfer"][task]) for task in tasks], words])
+        rows.append([name, words, delta, *[in_points(of["transfer"][task]) for task in tasks]])
     title = "Difference to the single-task runs, points, paired by seed, with 95 % intervals"
     yield Part(table=Table(head, rows), picture=figures.differences(said, tasks, "transfer", title, look))
 
@@ -178,10 +192,10 @@ def learning(results: Mapping[str, Any], fraction: float) -> dict[str, dict[str,
 
 COSTS = (
     ("parameters", "parameters", lambda x: f"{x:,.0f}"),
-    ("flops_per_image", "forward, MFLOPs per image", lambda x: f"{x / 1e6:,.1f}"),
+    ("flops_per_image", "forward, MFLOPs per image", lambda x: f"{x / 1e6:,.2f}"),
     ("seconds_per_step", "step, ms", lambda x: f"{1000 * x:,.1f}"),
     ("peak_memory_bytes", "peak memory, MiB", lambda x: f"{x / 2**20:,.0f}"),
-    ("training_seconds", "training, s", lambda x: f"{x:,.0f}"),
+    ("training_seconds", "training, s", lambda x: f"{x:,.1f}" if x < 100 else f"{x:,.0f}"),
 )
 
 
@@ -193,10 +207,23 @@ def cost_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look) 
         for name, of in said["arms"].items()
     ]
     text = (
-        "Of all networks of an arm together; a step updates every task once. Training counts optimizer steps, and the runs "
-        "from whose weights an arm starts; the peak of memory is that of its largest run, libraries included."
+        "Of all networks of an arm together; a step updates every task once, and its time is the median over seeds. FLOPs are "
+        "those of convolutions and matrix products: the exchange of cross-stitch units, element by element, is not among them. "
+        "Training counts optimizer steps, and the runs from whose weights an arm starts. The peak of memory is that of its "
+        "largest run, libraries included and what earlier runs in the same process left behind."
     )
+    slow = [name for name, of in said["arms"].items() if uneven(of["cost"]["spread"])]
+    if slow:
+        text += (
+            f" The step of {', '.join(slow)} took more than 1.3 times as long with one seed as with another: the machine had "
+            "other work, and times are not to be compared."
+        )
     yield Part(text=text, table=Table(head, rows), picture=figures.against_cost(said, look))
+
+
+def uneven(spread: Sequence[float]) -> bool:
+    """Whether the least and the most of some times are so far apart that something else was going on."""
+    return spread[1] > 1.3 * spread[0]
 
 
 def cells_of(results: Mapping[str, Any], arm: str, fraction: float) -> list[Mapping[str, Any]]:
@@ -212,41 +239,46 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
         if not exchanging:
             continue
         name, n = arm["name"], len(exchanging)
-        last = {
-            point: mean_matrix([one["coupling"][point]["coupling"][-1] for one in exchanging])
-            for point in exchanging[0]["coupling"]
-        }
-        yield Part(
-            heading=f"{name}: the units after training",
-            picture=figures.matrices(
-                last, tasks, f"{name}: what each task receives from each other", ".3f", 0.1, identity=True
-            ),
-            caption=f"Weight of one task's features (column) in another's (row) after the last epoch, mean over channels and "
-            f"{n} seeds; white is the identity.",
-        )
-        seeds = [one["coupling"] for one in exchanging]
-        if len(next(iter(seeds[0].values()))["epochs"]) > 2:
+        seeds = [one["coupling"] for one in exchanging if one["coupling"]]
+        last = {point: mean_matrix([one[point]["coupling"][-1] for one in seeds]) for point in (seeds or [{}])[0]}
+        if last:
+            yield Part(
+                heading=f"{name}: the units after training",
+                picture=figures.matrices(
+                    last, tasks, f"{name}: what each task receives from each other", ".3f", 0.1, identity=True
+                ),
+                caption="Weight of one task's features (column) in another's (row) after the last epoch, mean over channels"
+                f"{over(n)}; the paler, the nearer to the identity.",
+            )
+        if last and len(next(iter(seeds[0].values()))["epochs"]) > 2:
             yield Part(
                 heading=f"{name}: over training",
                 picture=figures.trajectories(seeds, tasks, f"{name}: what tasks receive from others over training"),
-                caption="Weights between different tasks, mean over channels: thick lines for the mean over seeds.",
+                caption="Weights between different tasks, mean over channels: thin lines are seeds, thick ones their mean.",
             )
         curves = {point: mean_matrix([one["channels"][point] for one in exchanging]) for point in exchanging[0]["channels"]}
         if curves:
             yield Part(
                 heading=f"{name}: channel by channel",
                 picture=figures.channels(curves, tasks, f"{name}: weights of single channels in order of size"),
-                caption="Weights between different tasks for each channel, in order of size, mean over seeds: flat lines mean "
-                "that all channels exchange alike.",
+                caption="Weights between different tasks for each channel of the tested weights, put in order of size for each "
+                f"seed{', then averaged' if n > 1 else ''}. Chance alone makes such a curve rise a little; what counts is how "
+                "far its ends are apart.",
             )
         falls = {point: mean_matrix([one["falls"][point] for one in exchanging], 100.0) for point in exchanging[0]["falls"]}
         yield Part(
             heading=f"{name}: what the exchange is worth",
-            text="By how many points a task's score on validation data falls when another task's contribution at one layer "
-            "point is cut in the trained network. It is what this network relies on; one trained without learns to do without.",
+            text="In the trained network (the tested weights) what one task receives from another at one layer point is cut: "
+            "by so many points the receiving task's score on validation data falls; where it rises, the number is negative. "
+            "This is what the network has come to rely on, and not what it would lose if it were trained without.",
             picture=figures.matrices(falls, tasks, f"{name}: fall of scores where a contribution is cut", ".2f", 1.0),
-            caption=f"Rows lose the contribution of columns; points, mean over {n} seeds.",
+            caption=f"Points that the row's task loses without the column's features{over(n)}.",
         )
+
+
+def over(seeds: int) -> str:
+    """Where a figure is an average."""
+    return f", mean over {seeds} seeds" if seeds > 1 else ""
 
 
 def mean_matrix(matrices: Sequence[Any], factor: float = 1.0) -> Any:

@@ -18,6 +18,9 @@ BCA_FROM = 20
 """Values from which the interval is the bootstrap's. Of fewer, nominal 95 % BCa intervals covered the mean in 74 % of cases at
 n = 3 and in 86 % at n = 5 to 6, Student's t in 93 to 95 %."""
 RESAMPLES = 10_000
+TIE = 1e-9
+"""Means of signed differences that are nearer than this count as equal: differences of scores, which carry eight digits, differ
+by rounding where they are the same."""
 EXACT_UP_TO = 20
 """Pairs up to which all 2^n sign changes are tried."""
 ALPHA = 0.05
@@ -70,7 +73,7 @@ def permutation_p(differences: ArrayLike) -> float:
         ValueError: no values, or one that is not finite.
     """
     d = _checked(differences)
-    observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums of the same numbers in another order differ by rounding
+    observed = abs(d.sum()) - TIE * len(d)
     if len(d) <= EXACT_UP_TO:
         sums = d[:1]  # the first sign may be fixed: both tails count
         for value in d[1:]:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
-from collections.abc import Sequence
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mtl
-from mtl import jobs
+from mtl import comparison, jobs
 from mtl.ablation import WithCut
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
 from mtl.backbones import SmallCNN
 from mtl.cli import app
-from mtl.comparison import Facts
+from mtl.comparison import Facts, cells_of
 from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, tell
@@ -109,8 +116,13 @@ def test_an_arm_of_ones_own(given: Any, setting: Setting) -> None:
         (["cross_stich"], r"unknown arm 'cross_stich'; .*did you mean 'cross_stitch'"),
         (["unshared", "unshared"], "arm 'unshared' is given more than once"),
         (["backbone.width=2"], "has no name; write NAME:key=value"),
-        (["mine:seed=3"], "'seed=3' would not compare"),
+        (["wide:"], "arm 'wide' has no overrides after ':'"),
+        (["wide:backbone.width=2,0 optim"], "'optim' is no key=value; blanks part overrides"),
+        (["x:data.root='a"], "a quote in .* is not closed"),
+        (["x:sharing={kind: split"], "a bracket in .* is not closed"),
+        (["naïve:seed=1"], "letters, digits"),
         (["ensemble:epochs=3"], "is a bundled one"),
+        (["unshared:epochs=3"], "is a bundled one"),
         ([], "no arms; known: single_task"),
         ([3], "an arm is a name"),
     ],
@@ -121,8 +133,23 @@ def test_arms_that_mean_nothing(given: Sequence[Any], message: str, setting: Set
 
 
 def test_a_mistake_in_an_arm_names_the_arm(setting: Setting) -> None:
-    with pytest.raises(mtl.ConfigError, match=r"arm 'mine': optim.lrr: unknown key 'lrr'"):
-        the("mine:optim.lrr=1", setting).pieces(setting, 1.0, 0)
+    facts = Facts(setting.base)
+    for given, message in (
+        ("mine:optim.lrr=1", r"arm 'mine': optim.lrr: unknown key 'lrr'"),
+        ("mine:seed=3", "arm 'mine': seed: must be the same for all arms"),
+        ("mine:data.split_seed=3 data.validation=0.5", "data.validation, data.split_seed: must be the same"),
+        ("mine:tasks.1.name=shapes_kind", "tasks: must be the same"),
+        ("mine:sharing.kind=hard_shared init_from=single_task", "the tasks share a trunk"),
+    ):
+        with pytest.raises(mtl.ConfigError, match=message):
+            cells_of([the(given, setting)], [1.0], [0], facts)
+
+
+def test_what_is_frozen_is_frozen_where_it_is(base: RunConfig, in_tmp: Path) -> None:
+    config = base.replaced(optim=base.optim.model_copy(update={"freeze": ("units", "towers.tiny_b")}), epochs=1)
+    found = mtl.compare(config, ["single_task", "unshared", "cross_stitch"], 1, out="one")
+    costs = {cell["arm"]: cell["cost"]["parameters"] for cell in found.results["cells"]}
+    assert costs["unshared"] == costs["cross_stitch"] == costs["single_task"]
 
 
 def test_single_task_runs_take_as_many_steps_as_all_tasks_together(tiny_config: dict[str, Any]) -> None:
@@ -183,7 +210,9 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     progress = Noted()
     with pytest.raises(KeyboardInterrupt):
         mtl.compare(base, arms, 1, out="cut", progress=progress)
-    assert progress.lines[-1] == "interrupted: 2 of 4 runs are finished, in cut/runs; the same command goes on"
+    assert progress.lines[0] == "3 runs to train"
+    assert any(re.fullmatch(r"\[1/4\] single_task tiny_a, seed 0: \d+ s; about \d+ s left", line) for line in progress.lines)
+    assert progress.lines[-1].startswith("interrupted: 2 of 4 runs are finished, in cut/runs; the same command goes on")
     kept = {path.parent.name for path in Path("cut/runs").glob("*/result.json")}
     assert len(kept) == 2
     cut = mtl.compare(base, arms, 1, out="cut")
@@ -194,6 +223,60 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     monkeypatch.setattr(jobs, "train", lambda *_: pytest.fail("nothing is left to train"))
     again = mtl.compare(base, arms, 1, out="cut")
     assert without_times(again.results) == without_times(whole.results)
+
+
+def test_a_folder_of_something_else_is_left_alone(base: RunConfig, in_tmp: Path) -> None:
+    for name in ("report.md", "figures/thesis.svg", "tb/events"):
+        path = Path("mine") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    with pytest.raises(mtl.RunError, match="holds 'figures' and no comparison"):
+        mtl.compare(base, ["unshared"], 1, out="mine")
+    assert {path.read_text() for path in Path("mine").rglob("*") if path.is_file() and path.name != ".lock"} == {"mine"}
+    Path("file").write_text("")
+    with pytest.raises(mtl.RunError, match="'file' is a file"):
+        mtl.compare(base, ["unshared"], 1, out="file")
+
+
+def test_a_mistake_leaves_no_directory(base: RunConfig, in_tmp: Path) -> None:
+    with pytest.raises(mtl.ConfigError, match="unknown arm"):
+        mtl.compare(base, ["unshraed"], 1, out="new")
+    assert not Path("new").exists()
+
+
+def test_other_starting_weights_are_another_comparison(base: RunConfig, in_tmp: Path) -> None:
+    source = mtl.train(base.replaced(epochs=1, seed=5), "source")
+    config = base.replaced(epochs=1, init_from={"tiny_a": {"path": source.run_dir}})
+    mtl.compare(config, ["unshared"], 1, out="one")
+    shutil.rmtree("source")
+    mtl.train(base.replaced(epochs=1, seed=6), "source")
+    with pytest.raises(mtl.ConfigError, match=r"init_from.tiny_a.digest: .* there, .* now"):
+        mtl.compare(config, ["unshared"], 1, out="one")
+
+
+@pytest.mark.parametrize("damage", ["{}", "null", "{", "[1]"])
+def test_a_damaged_run_is_trained_again(base: RunConfig, in_tmp: Path, damage: str) -> None:
+    whole = mtl.compare(base.replaced(epochs=1), ["unshared"], 1, out="one")
+    [run] = Path("one/runs").iterdir()
+    (run / "result.json").write_text(damage)
+    again = mtl.compare(base.replaced(epochs=1), ["unshared"], 1, out="one")
+    assert without_times(again.results) == without_times(whole.results)
+
+
+@pytest.mark.parametrize("damage", ["{}", "null", "{", '{"asked": {}, "base": {}}'])
+def test_a_damaged_note_is_told(base: RunConfig, in_tmp: Path, damage: str) -> None:
+    Path("one").mkdir()
+    Path("one/comparison.json").write_text(damage)
+    with pytest.raises(mtl.RunError, match=r"comparison.json' is damaged"):
+        mtl.compare(base, ["unshared"], 1, out="one")
+
+
+def test_a_plan_says_what_would_be_trained_and_leaves_nothing(base: RunConfig, in_tmp: Path) -> None:
+    said = comparison.plan(base, ["single_task", "unshared", "warm:init_from=single_task"], 2, out="one")
+    assert (said["runs"], said["finished"], said["arms"]["single_task"]["runs"]) == (8, 0, 4)
+    assert not Path("one").exists()
+    mtl.compare(base, ["unshared"], 1, out="one")
+    assert comparison.plan(base, ["unshared"], 2, out="one")["finished"] == 1
 
 
 def test_seeds_and_arms_can_be_added(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +321,10 @@ def test_a_run_that_fails_is_missing_and_the_others_are_not(
     [lost] = found.results["failed"]
     assert (lost["arm"], lost["seed"]) == ("wild", 0)
     assert "not finite" in lost["why"]
-    assert "1 cells are missing" in Path("one/report.md").read_text()
+    assert "1 cell missing, for a run failed: wild, seed 0" in Path("one/report.md").read_text()
+    assert found.results["findings"][0]["answer"].endswith("wild failed with every seed.")
+    found = mtl.compare(base, ["wild:optim.lr=1e30 optim.name=sgd", "unshared"], 1, out="one", reference="wild")
+    assert "no run of wild, the reference, is finished" in found.results["findings"][0]["answer"]
 
 
 @pytest.mark.spawns
@@ -261,7 +347,65 @@ def test_several_jobs_at_once_give_the_same(in_tmp: Path) -> None:
         torch.set_num_threads(threads)
     assert [cell["test"] for cell in at_once.results["cells"]] == [cell["test"] for cell in in_turn.results["cells"]]
     assert any(re.match(r"\[2/2\] .*: \d+ s", line) for line in progress.lines)
-    assert "2 runs trained at once" in Path("two/report.md").read_text()
+    assert "Up to 2 runs trained at once" in Path("two/report.md").read_text()
+    mtl.compare(config, ["unshared", "hard_shared"], 1, out="two")  # trains nothing
+    assert "Up to 2 runs trained at once" in Path("two/report.md").read_text()
+
+
+@pytest.mark.spawns
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import mtl\n"
+        "if __name__ == '__main__':\n"
+        "    data = {'validation': 20, 'datasets': {'shapes': {'train': 2000, 'test': 40}}}\n"
+        "    network = {'name': 'small_cnn', 'width': 0.1}\n"
+        "    config = mtl.RunConfig(tasks=['shapes_kind'], backbone=network, device='cpu', data=data, epochs=10**6)\n"
+        "    import signal; signal.signal(signal.SIGTERM, lambda *_: exit(143))\n"
+        f"    mtl.compare(config, ['unshared', 'hard_shared'], 1, out={str(tmp_path / 'out')!r}, jobs=2)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))) == 2)
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        process.send_signal(number)
+        assert process.wait(20) == (143 if number is signal.SIGTERM else -signal.SIGKILL)
+        wait_for(lambda: not any(alive(pid) for pid in workers))
+    finally:
+        process.kill()
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.2)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in (task / "children").read_text().split()]
+
+
+def test_a_script_that_is_imported_again_is_told(monkeypatch: pytest.MonkeyPatch, base: RunConfig) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(mtl.RunError, match="if __name__ == '__main__':"):
+        mtl.compare(base, ["unshared"], 1)
+
+
+def test_a_call_with_the_wrong_things(base: RunConfig) -> None:
+    with pytest.raises(mtl.ConfigError, match=r"takes an mtl.RunConfig, as mtl.load_config gives; found str"):
+        mtl.compare("config.yaml", ["unshared"])  # type: ignore[arg-type]
+    with pytest.raises(mtl.ConfigError, match="arms is a sequence"):
+        mtl.compare(base, "unshared")
 
 
 # What is said
@@ -357,11 +501,15 @@ def results_of(scores: dict[str, list[float]], tasks: int = 1) -> dict[str, Any]
     names = [f"t{i}" for i in range(tasks)]
     cost = dict.fromkeys(("parameters", "flops_per_image", "seconds_per_step", "peak_memory_bytes", "training_seconds"), 1)
     return {
-        "tasks": {name: {"score": "accuracy", "metrics": {"accuracy": "higher"}, "dataset": "d"} for name in names},
+        "tasks": {
+            name: {"score": "accuracy", "metrics": {"accuracy": "higher"}, "relative": "accuracy", "dataset": "d"}
+            for name in names
+        },
         "arms": [{"name": name, "about": ""} for name in scores],
         "reference": next(iter(scores)),
         "baseline": "single_task" if "single_task" in scores else None,
         "fractions": [1.0],
+        "failed": [],
         "cells": [
             {"arm": name, "seed": seed, "fraction": 1.0, "cost": cost, "test": {t: {"accuracy": value} for t in names}}
             for name, values in scores.items()
@@ -380,13 +528,42 @@ def test_verdicts_are_what_the_figures_allow() -> None:
     }
     [said] = tell(results_of({**scores, "down": [x - d for x, d in zip(a, up, strict=True)]}, tasks=2))
     assert {name: of["difference"]["mean"]["verdict"] for name, of in said["arms"].items() if name != "unshared"} == {
-        "up": "better", "same": "no difference shown", "down": "worse",
+        "up": "better", "same": "not shown", "down": "worse",
     }  # fmt: skip
     assert said["arms"]["up"]["difference"]["t0"]["p"] == pytest.approx(2 * 2 / 2**7)
     assert said["answer"].startswith("Compared with unshared, in points of the mean test score: up (+1.07, 95 % interval +0.9")
     [said] = tell(results_of({name: values[:6] for name, values in scores.items()}, tasks=2))
     assert said["arms"]["up"]["difference"]["mean"]["verdict"] == FEW
-    assert "6 seeds cannot show a difference, which takes 7 or more with 2 tasks" in said["answer"]
+    assert "cannot be told from 6 seeds, since with 2 arms to compare it takes 7 or more" in said["answer"]
+    [said] = tell(results_of({name: scores[name][:6] for name in ("unshared", "up")}, tasks=2))
+    assert said["arms"]["up"]["difference"]["mean"]["verdict"] == "better"  # a single comparison: 2^-5
+    assert said["arms"]["up"]["difference"]["t0"]["verdict"] == FEW
+
+
+def test_the_answer_says_where_it_hurts() -> None:
+    results = results_of({"unshared": [0.5] * 8, "x": [0.5] * 8}, tasks=2)
+    for cell in results["cells"]:
+        if cell["arm"] == "x":
+            noise = 0.001 * (cell["seed"] % 3)
+            cell["test"] = {"t0": {"accuracy": 0.555 + noise}, "t1": {"accuracy": 0.45 - noise}}
+    [said] = tell(results)
+    assert said["answer"].endswith("Task by task: x is better on t0 (+5.59); x is worse on t1 (-5.09).")
+
+
+def test_of_many_arms_that_are_all_alike_hardly_one_comparison_in_twenty_claims_anything() -> None:
+    random = np.random.default_rng(0)
+    claims = 0
+    for _ in range(60):
+        scores = {name: list(0.9 + 0.01 * random.standard_normal(10)) for name in ["unshared", *(f"arm{i}" for i in range(12))]}
+        [said] = tell(results_of(scores, tasks=2))
+        claims += " better" in said["answer"] or " worse" in said["answer"]
+    assert claims <= 6  # each has one reference, so its comparisons go wrong together; uncorrected it would be about half
+
+
+def test_many_arms_of_one_verdict_are_counted() -> None:
+    scores = {name: [0.9, 0.91, 0.92] for name in ["unshared", "a", "b", "c", "d", "e"]}
+    [said] = tell(results_of(scores))
+    assert "whether 5 arms (from a +0.00 to e +0.00) differ cannot be told from 3 seeds" in said["answer"]
 
 
 def test_transfer_is_against_the_single_task_runs() -> None:

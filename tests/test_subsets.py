@@ -52,6 +52,15 @@ def test_combinations_of_labels_are_strata_and_only_given_positions_are_chosen()
     assert torch.bincount(b[chosen], minlength=5).tolist() == [8, 8, 8, 8, 8]
 
 
+def test_a_value_spread_over_many_small_strata_has_its_share() -> None:
+    rare = torch.cat([torch.zeros(9000), torch.ones(60)]).long()
+    other = torch.arange(9060) % 30  # two of the rare ones to a stratum, which alone would be rounded to none below a quarter
+    for strata in ([rare, other], [other, rare]):
+        for share in (0.05, 0.1, 0.2, 0.5):
+            chosen = stratified(strata, torch.arange(9060), round(9060 * share), 0, "x")
+            assert abs(int(rare[chosen].sum()) - 60 * share) <= 3
+
+
 def test_strata_of_one_sample_each_are_a_random_choice_and_there_may_be_none() -> None:
     for strata in ([torch.arange(1000)], []):
         chosen = stratified(strata, EVERYTHING, 500, 0, "x")

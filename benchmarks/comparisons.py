@@ -1,0 +1,173 @@
+"""The comparisons on record: what shares, where labels are many, few or uneven, where tasks agree and where they conflict.
+
+    python -m benchmarks.comparisons                    # lists them, and how much of each is trained
+    python -m benchmarks.comparisons shapes --jobs 2    # trains what is missing in runs/shapes, writes results/shapes.json
+    python -m benchmarks.render                         # rewrites README.md from the JSON
+
+Each is one call of `mtl.compare`, and goes on where it was cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mtl
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "examples" / "configs"
+RESULTS = HERE / "results"
+
+PAIR: tuple[str, ...] = (
+    "single_task",
+    "hard_shared",
+    "unshared",
+    "cross_stitch",
+    "cross_stitch_0.9:sharing.kind=cross_stitch 'sharing.init={same: 0.9, cross: 0.1}'",
+)
+"""The arms of every comparison of two tasks. Units start at the identity, and at Misra et al.'s best."""
+
+FOUR = (*PAIR[:-1], "cross_stitch_0.91:sharing.kind=cross_stitch 'sharing.init={same: 0.91, cross: 0.03}'")
+"""The same for four tasks: the second start again sums to one."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One comparison.
+
+    Args:
+        config: a file in examples/configs.
+        overrides: of it.
+        about: what is asked, in a sentence.
+        cut: what the machine had no time for, in a sentence; empty: nothing.
+        trials: settings that every arm is tried with on validation data first, each for `TRIAL_EPOCHS` with `TRIAL_SEED`; the
+            arm is then compared with those of its best trial.
+    """
+
+    config: str
+    overrides: tuple[str, ...]
+    seeds: int
+    about: str
+    arms: tuple[str, ...] = PAIR
+    fractions: tuple[float, ...] | None = None
+    cut: str = ""
+    trials: tuple[str, ...] = ()
+
+
+TRIAL_EPOCHS, TRIAL_SEED = 5, 1000
+
+HALF = "backbone.width=0.5"
+SHORT = "a tower of half the reference's width, in which a step takes 0.4 of the time"
+
+EXPERIMENTS = {
+    "reference": Experiment("fashion_two_task", (), 3, "The reference protocol in full."),
+    "fractions": Experiment(
+        "fashion_two_task",
+        (HALF, "epoch_steps=50", "epochs=10"),
+        10,
+        "Few labels, for both tasks alike.",
+        fractions=(0.005, 0.02, 0.1),
+        cut=f"500 steps, {SHORT}",
+    ),
+    "uneven_300": Experiment(
+        "fashion_two_task",
+        (HALF, "data.labelled.fashion_category=300", "epochs=6"),
+        10,
+        "Uneven labels: the category of 300 images, the group of all.",
+        cut=f"6 epochs, {SHORT}",
+    ),
+    "uneven_1200": Experiment(
+        "fashion_two_task",
+        (HALF, "data.labelled.fashion_category=1200", "epochs=6"),
+        10,
+        "Uneven labels: the category of 1,200 images, the group of all.",
+        cut=f"6 epochs, {SHORT}",
+    ),
+    "conflict": Experiment(
+        "multi_fashion",
+        (HALF, "epochs=6"),
+        8,
+        "Tasks that conflict: the left and the right of two overlaid garments.",
+        cut=f"6 epochs, {SHORT}",
+    ),
+    "shapes": Experiment(
+        "shapes_four_task", ("sharing.init=identity",), 10, "Four tasks of four kinds on drawn shapes.", arms=FOUR
+    ),
+    "tuned": Experiment(
+        "fashion_two_task",
+        ("data.augment.flip=true", "data.augment.crop=2", "optim.schedule=one_cycle"),
+        3,
+        "A tuned recipe: what 30 epochs can reach.",
+        arms=("hard_shared", "unshared", "cross_stitch"),
+        trials=tuple(f"optim.lr={lr} backbone.dropout={dropout}" for lr in ("1e-3", "2e-3", "4e-3") for dropout in (0.2, 0.5)),
+    ),
+}
+"""By the name of the record."""
+
+
+def measure(name: str, jobs: int, seeds: int | None, out: Path) -> None:
+    """Train what is missing, and write the record."""
+    experiment = EXPERIMENTS[name]
+    config = mtl.load_config(CONFIGS / f"{experiment.config}.yaml", experiment.overrides)
+    arms, tried = experiment.arms, {}
+    if experiment.trials:
+        tried = tuning(config, experiment, jobs, out / "trials")
+        arms = tuple(f"{arm}:sharing.kind={arm} {max(scores, key=scores.__getitem__)}" for arm, scores in tried.items())
+    found = mtl.compare(
+        config,
+        arms,
+        seeds or experiment.seeds,
+        fractions=experiment.fractions,
+        out=out / "final" if tried else out,
+        jobs=jobs,
+        progress=mtl.for_terminal(),
+    )
+    record = {**kept(found.results), "tuning": tried}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def tuning(config: mtl.RunConfig, experiment: Experiment, jobs: int, out: Path) -> dict[str, dict[str, float]]:
+    """Arm -> trial -> the best validation score of its epochs, the mean over tasks."""
+    named = {f"{arm}.{i}": (arm, trial) for arm in experiment.arms for i, trial in enumerate(experiment.trials)}
+    found = mtl.compare(
+        config.replaced(epochs=TRIAL_EPOCHS),
+        [f"{name}:sharing.kind={arm} {trial}" for name, (arm, trial) in named.items()],
+        [TRIAL_SEED],
+        out=out,
+        jobs=jobs,
+        progress=mtl.for_terminal(),
+    )
+    scores: dict[str, dict[str, float]] = {arm: {} for arm in experiment.arms}
+    for cell in found.results["cells"]:
+        arm, trial = named[cell["arm"]]
+        scores[arm][trial] = max(sum(epoch) / len(epoch) for epoch in zip(*cell["curves"].values(), strict=True))
+    return scores
+
+
+def kept(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record holds: all but what is long and can be looked at only in the report."""
+    cells = [{key: value for key, value in cell.items() if key not in ("curves", "exchange")} for cell in results["cells"]]
+    return {**results, "cells": cells}
+
+
+def main() -> None:
+    """Measure, or list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=EXPERIMENTS)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, help="(default: as recorded here)")
+    parser.add_argument("--out", type=Path, help="(default: runs/NAME)")
+    args = parser.parse_args()
+    if args.name is None:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:12} {experiment.about}")
+        return
+    measure(args.name, args.jobs, args.seeds, args.out or Path("runs") / args.name)
+
+
+if __name__ == "__main__":
+    main()
