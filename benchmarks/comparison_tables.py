@@ -30,8 +30,7 @@ def render() -> str:
 def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
     """The lines about one comparison."""
     yield from (f"### {experiment.about}", "", f"`python -m benchmarks.comparisons {name}`, which is", "")
-    arms = [f"{arm['name']}:{arm['about']}" for arm in results["arms"]] if experiment.trials else experiment.arms
-    yield from ("```bash", *command(experiment, arms), "```", "")
+    yield from ("```bash", *command(experiment, results["given"]), "```", "")
     if results["tuning"]:
         yield from (*table_lines(tried(results["tuning"])), "")
     for said in results["findings"]:

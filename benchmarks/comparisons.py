@@ -116,17 +116,18 @@ def measure(name: str, jobs: int, seeds: int | None, out: Path) -> None:
     arms, tried = experiment.arms, {}
     if experiment.trials:
         tried = tuning(config, experiment, jobs, out / "trials")
-        arms = tuple(f"{arm}:sharing.kind={arm} {max(scores, key=scores.__getitem__)}" for arm, scores in tried.items())
+        arms = tuple(f"{arm}_tuned:sharing.kind={arm} {max(scores, key=scores.__getitem__)}" for arm, scores in tried.items())
     found = mtl.compare(
         config,
         arms,
         seeds or experiment.seeds,
         fractions=experiment.fractions,
+        reference="unshared_tuned" if tried else None,
         out=out / "final" if tried else out,
         jobs=jobs,
         progress=mtl.for_terminal(),
     )
-    record = {**kept(found.results), "tuning": tried}
+    record = {**kept(found.results), "given": arms, "tuning": tried}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
 
 

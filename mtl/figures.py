@@ -167,6 +167,11 @@ def differences(findings: Mapping[str, Any], tasks: Mapping[str, Any], key: str,
     return drawn(height, title, draw)
 
 
+def has_bands(arms: int) -> bool:
+    """Whether learning curves are drawn with a band over seeds; of many arms they would hide each other."""
+    return arms <= 3
+
+
 def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], tasks: Mapping[str, Any], look: Look) -> str:
     """Validation score after each epoch: task -> arm -> a list per seed. The line is the mean, the band from least to most."""
 
@@ -193,7 +198,7 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]
                     markevery=max(1, length // 8),
                     markersize=4,
                 )
-                if len(seeds) > 1:
+                if len(seeds) > 1 and has_bands(len(curves[task])):
                     axis.fill_between(epochs, values.min(0), values.max(0), color=look.colour(arm), alpha=0.12, linewidth=0)
             axis.set_title(wrapped(f"{task}: {tasks[task]['score']} on validation data", 56))
             axis.set_xlabel("epoch")

@@ -190,7 +190,7 @@ def _listed(names: Sequence[str], said: Mapping[str, Any]) -> str:
     if len(names) <= AT_LENGTH:
         return ", ".join(f"{name} ({points(said[name]['mean'])})" for name in names)
     order = sorted(names, key=lambda name: said[name]["mean"]["mean"])
-    least, most = (f"{name} {100 * said[name]['mean']['mean']:+.2f}" for name in (order[0], order[-1]))
+    least, most = (f"{name} {signed(said[name]['mean']['mean'])}" for name in (order[0], order[-1]))
     return f"{len(names)} arms (from {least} to {most})"
 
 
@@ -200,7 +200,7 @@ def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
     for name, of in said.items():
         for verdict in (BETTER, WORSE):
             there = {task: d["mean"] for task, d in of.items() if task != "mean" and d["overall_p"] <= ALPHA}
-            some = [f"{task} ({100 * d:+.2f})" for task, d in there.items() if (d > 0) == (verdict == BETTER)]
+            some = [f"{task} ({signed(d)})" for task, d in there.items() if (d > 0) == (verdict == BETTER)]
             if some:
                 parts.append(f"{name} is {verdict} on {', '.join(some)}")
     if len(parts) > 2 * AT_LENGTH:
@@ -212,5 +212,14 @@ def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
 def points(d: Mapping[str, Any]) -> str:
     """A difference in points, with its 95 % interval from three seeds on, below which it says nothing."""
     if d["low"] is None or d["n"] < 3:
-        return f"{100 * d['mean']:+.2f}"
-    return f"{100 * d['mean']:+.2f}, 95 % interval {100 * d['low']:+.2f} to {100 * d['high']:+.2f}"
+        return signed(d["mean"])
+    return f"{signed(d['mean'])}, 95 % interval {signed(d['low'])} to {signed(d['high'])}"
+
+
+def signed(score: float) -> str:
+    """A difference of scores in points, with its sign.
+
+    >>> signed(0.0123), signed(-0.000001)
+    ('+1.23', '+0.00')
+    """
+    return f"{round(100 * score, 2) + 0.0:+.2f}"

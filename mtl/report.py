@@ -78,7 +78,8 @@ def table_lines(table: Table) -> list[str]:
 
 def title(results: Mapping[str, Any]) -> str:
     """Of the report."""
-    return "Does sharing help? " + ", ".join(results["tasks"])
+    tasks = list(results["tasks"])
+    return "Does sharing help? " + (", ".join(tasks) if len(tasks) <= 4 else f"{len(tasks)} tasks")
 
 
 def answers(results: Mapping[str, Any]) -> list[str]:
@@ -106,9 +107,24 @@ def facts(results: Mapping[str, Any]) -> str:
         for one in results["machines"]
     )
     return (
-        f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Samples{shares}: {splits}. {places}; "
+        f"Seed{'s' * (len(seeds) > 1)} {ranges(seeds)}. Samples{shares}: {splits}. {places}; "
         f"{results['config']['precision']}. Digest of the config: {results['environment']['config_digest']}."
     )
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers in words.
+
+    >>> ranges([0, 1, 2, 3, 7, 9])
+    '0 to 3, 7, 9'
+    """
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts)
 
 
 def counted(n: int, what: str) -> str:

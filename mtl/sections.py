@@ -8,7 +8,7 @@ from typing import Any
 
 from mtl import figures
 from mtl.figures import Look
-from mtl.findings import FEW, WORSE, mean_score, task_score
+from mtl.findings import FEW, WORSE, mean_score, signed, task_score
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,28 @@ def sections_of(results: Mapping[str, Any]) -> Iterator[Section]:
         if any("transfer" in of for of in said["arms"].values()):
             yield Section(f"Transfer{where}: against each task alone", list(transfer_parts(results, said, look)))
         if learned := learning(results, said["fraction"]):
-            yield Section(f"Learning{where}", [Part(picture=figures.learning_curves(learned, tasks, look), caption=CURVES)])
+            yield Section(
+                f"Learning{where}",
+                [Part(picture=figures.learning_curves(learned, tasks, look), caption=curves_caption(learned))],
+            )
         yield Section(f"Cost{where}", list(cost_parts(results, said, look)))
         if parts := list(exchange_parts(results, said["fraction"])):
             yield Section(f"What is exchanged{where}", parts)
 
 
-CURVES = "Score on validation data after each epoch: the line is the mean over seeds, the band reaches from lowest to highest."
+CURVES = "Score on validation data after each epoch, mean over seeds"
+
+
+def transposed_if_wide(table: Table) -> Table:
+    """Rows for columns where there are more columns than a page holds, and than rows."""
+    if len(table.head) <= WIDEST or len(table.head) <= len(table.rows) + 1:
+        return table
+    columns = list(zip(table.head, *table.rows, strict=True))
+    return Table(columns[0], columns[1:])
+
+
+WIDEST = 7
+"""Columns that fit on a page."""
 
 
 def plus_minus(value: Mapping[str, Any] | None, digits: int = 4) -> str:
@@ -84,9 +99,9 @@ def in_points(d: Mapping[str, Any] | None) -> str:
     if d is None:
         return ""
     if d["low"] is None:
-        return f"{100 * d['mean']:+.2f}"
+        return signed(d["mean"])
     below, above = 100 * (d["mean"] - d["low"]), 100 * (d["high"] - d["mean"])
-    return f"{100 * d['mean']:+.2f} " + (f"± {above:.2f}" if d["method"] == "t" else f"(-{below:.2f} +{above:.2f})")
+    return f"{signed(d['mean'])} " + (f"± {above:.2f}" if d["method"] == "t" else f"(-{below:.2f} +{above:.2f})")
 
 
 def p_value(d: Mapping[str, Any] | None) -> str:
@@ -132,7 +147,9 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
     }
     picture = figures.scores(said, tasks, values, look)
     yield Part(
-        table=Table(head, rows), picture=picture, caption="On test data: mean over seeds, its 95 % interval, and each seed."
+        table=transposed_if_wide(Table(head, rows)),
+        picture=picture,
+        caption="On test data: mean over seeds, its 95 % interval, and each seed.",
     )
     compared = {name: of["difference"] for name, of in said["arms"].items() if of.get("difference")}
     if compared:
@@ -159,7 +176,7 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
         rows = [
             [name, *[plus_minus(of["tasks"][task][metric]) for task, metric, _ in others]] for name, of in said["arms"].items()
         ]
-        yield Part(heading="Other metrics", table=Table(head, rows))
+        yield Part(heading="Other metrics", table=transposed_if_wide(Table(head, rows)))
 
 
 def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look) -> Iterator[Part]:
@@ -177,6 +194,12 @@ def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Lo
         rows.append([name, words, delta, *[in_points(of["transfer"][task]) for task in tasks]])
     title = "Difference to the single-task runs, points, paired by seed, with 95 % intervals"
     yield Part(table=Table(head, rows), picture=figures.differences(said, tasks, "transfer", title, look))
+
+
+def curves_caption(curves: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the lines are, and the bands where there are any."""
+    banded = figures.has_bands(max(map(len, curves.values())))
+    return f"{CURVES}{'; the bands reach from the lowest to the highest seed' * banded}."
 
 
 def learning(results: Mapping[str, Any], fraction: float) -> dict[str, dict[str, list[list[float]]]]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mtl
-from mtl import comparison, jobs
+from mtl import comparison, figures, jobs
 from mtl.ablation import WithCut
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
@@ -32,6 +33,8 @@ from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, tell
 from mtl.progress import Progress
+from mtl.sections import in_points
+from mtl.stats import estimate
 from mtl.task import make_task
 
 
@@ -570,6 +573,19 @@ def test_transfer_is_against_the_single_task_runs() -> None:
     [said] = tell(results_of({"single_task": [0.8, 0.5], "joint": [0.84, 0.45]}))
     assert said["arms"]["joint"]["delta_m"]["mean"] == pytest.approx((5 - 10) / 2)
     assert said["arms"]["joint"]["transfer"]["t0"]["mean"] == pytest.approx((0.04 - 0.05) / 2)
+
+
+def test_no_two_of_many_look_alike() -> None:
+    look = figures.Look([f"arm{i}" for i in range(42)])
+    assert len({(look.colour(arm), str(look.dashes(arm))) for arm in look.of}) == 42
+    assert len({(look.colour(arm), look.marker(arm)) for arm in look.of}) == 42
+
+
+def test_an_interval_that_is_not_even_is_shown_by_its_ends() -> None:
+    found = asdict(estimate([0.001] * 19 + [0.02] * 3))
+    below, above = 100 * (found["mean"] - found["low"]), 100 * (found["high"] - found["mean"])
+    assert above > 1.2 * below
+    assert in_points(found) == f"{100 * found['mean']:+.2f} (-{below:.2f} +{above:.2f})"
 
 
 def test_the_report_stands_alone_and_escapes_names(base: RunConfig, in_tmp: Path) -> None:
