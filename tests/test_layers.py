@@ -35,6 +35,7 @@ RANK = {
     "stacking": 0,
     "stats": 0,
     "subsets": 1,
+    "tables": 1,
     "tracking": 0,
     "units": 0,
     "wide": 0,

@@ -1,0 +1,165 @@
+"""CSV files: what is right becomes columns, what is wrong is set aside with file and line, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mtl
+from mtl.tables import Classes, Numbers, SetAside, Texts, read_table
+
+
+def read(text: str | bytes, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], SetAside, list[int]]:
+    """The columns path, kind and age of a table, what was set aside, and the lines of the rows that are used."""
+    file = tmp_path / "t.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path, kind, age, set_aside = Texts(), Classes(), Numbers(), SetAside()
+    lines = read_table(file, {"path": path, "kind": kind, "age": age}, set_aside, **options)
+    kinds = [kind.names[code] if code >= 0 else None for code in kind.codes]
+    ages = [None if np.isnan(value) else float(value) for value in age.values]
+    return {"path": [one.decode("utf-8", "surrogateescape") for one in path], "kind": kinds, "age": ages}, set_aside, [*lines]
+
+
+GOOD = "path,kind,age\na.jpg,cat,3\nb.jpg,dog,4.5\n"
+BOTH = {"path": ["a.jpg", "b.jpg"], "kind": ["cat", "dog"], "age": [3.0, 4.5]}
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (GOOD, {}),
+        ("\ufeff" + GOOD, {}),  # a byte order mark
+        (GOOD.replace("\n", "\r\n"), {}),
+        (GOOD.replace("\n", "\r"), {}),
+        (GOOD.rstrip("\n"), {}),
+        (GOOD.replace("\n", "\n\n"), {}),  # blank lines
+        (GOOD.replace(",", ", "), {}),  # a comma and a space
+        (GOOD.replace(",", " , "), {}),
+        (GOOD.replace(",", ";"), {"delimiter": ";"}),
+        (GOOD.replace(",", "\t"), {"delimiter": "\t"}),
+        (GOOD.replace("cat", '"cat"').replace("dog", ' "dog"'), {}),
+        (GOOD.replace("3\n", "3,\n"), {}),  # a stray comma
+        ("age,other,path,kind\n3,x,a.jpg,cat\n4.5,,b.jpg,dog\n", {}),  # other order, other columns
+        ("a.jpg,cat,3\nb.jpg,dog,4.5\n", {"names": ["path", "kind", "age"]}),  # no header
+        (GOOD, {"names": ["path", "kind", "age"]}),  # a header all the same
+        (GOOD.encode("utf-16"), {"encoding": "utf-16"}),
+    ],
+)
+def test_the_same_table_in_many_forms(text: str | bytes, options: dict[str, Any], tmp_path: Path) -> None:
+    found, set_aside, lines = read(text, tmp_path, **options)
+    assert (found, set_aside.total, len(lines)) == (BOTH, 0, 2)
+
+
+def test_quoted_names_hold_commas_quotes_line_breaks_and_any_letters(tmp_path: Path) -> None:
+    found, set_aside, lines = read('path,kind,age\n"a,1.jpg","Ümit ""Ü"" Ç\nx",3\nб.jpg,猫,1\n', tmp_path)
+    assert (found["path"], found["kind"]) == (["a,1.jpg", "б.jpg"], ['Ümit "Ü" Ç\nx', "猫"])
+    assert (set_aside.total, lines) == (0, [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ("c.jpg,cat", "2 fields, where the header has 3"),
+        ("c.jpg,cat,3,4", "4 fields, where the header has 3"),
+        (",cat,3", "path '' is missing"),
+        ("c\0.jpg,cat,3", "path 'c\\x00.jpg' holds a zero byte"),
+        ("c" * 10_000_000 + ",cat,3", "field larger than field limit (131072)"),
+        ("c" * 100_000 + ",cat,3", "has 100,000 characters"),
+    ],
+    ids=["short", "long", "no path", "zero byte", "10 MB", "100 kB"],
+)
+def test_a_row_that_cannot_be_used_is_set_aside_and_the_others_are_not(row: str, why: str, tmp_path: Path) -> None:
+    found, set_aside, lines = read(GOOD.replace("b.jpg", f"{row}\nb.jpg"), tmp_path)
+    assert (found, lines) == (BOTH, [2, 4])
+    [(where, said)] = set_aside.listed
+    assert where == f"{tmp_path / 't.csv'}:3"
+    assert why in said
+    assert len(said) < 200
+
+
+@pytest.mark.parametrize("age", ["inf", "-inf", "1e400", "three", "1_000", "3 years", "0x10", "½", "3\0"])
+def test_a_value_that_is_no_number_is_set_aside_and_its_row_is_not(age: str, tmp_path: Path) -> None:
+    found, set_aside, _ = read(f"path,kind,age\na.jpg,cat,3\nb.jpg,dog,{age}\n", tmp_path)
+    assert found == {**BOTH, "age": [3.0, None]}
+    assert [where for where, _ in set_aside.listed] == [f"{tmp_path / 't.csv'}:3"]
+    assert set_aside.summary() == "1 values of age that cannot be used"
+
+
+@pytest.mark.parametrize("text", ["", " ", "NaN", "nan", "NA", "n/a", "null", "None", "unknown", "Unknown", "?", "-"])
+def test_what_stands_for_no_value_is_none(text: str, tmp_path: Path) -> None:
+    found, set_aside, _ = read(f"path,kind,age\na.jpg,{text},{text}\n", tmp_path)
+    assert (found["kind"], found["age"], set_aside.total) == ([None], [None], 0)
+
+
+def test_text_in_another_encoding_is_told(tmp_path: Path) -> None:
+    table = "path,kind,age\na.jpg,café,3\nb.jpg,dog,4\n".encode("latin-1")
+    found, set_aside, _ = read(table, tmp_path)
+    assert found["kind"] == [None, "dog"]
+    assert "kind 'caf\\udce9' is not UTF-8 text (give the table's encoding, such as latin-1)" in set_aside.listed[0][1]
+    assert read(table, tmp_path, encoding="latin-1")[0]["kind"] == ["café", "dog"]
+
+
+def test_a_path_keeps_its_bytes(tmp_path: Path) -> None:
+    found, set_aside, _ = read(b"path,kind,age\ncaf\xe9.jpg,cat,3\n", tmp_path)
+    assert (found["path"][0].encode("utf-8", "surrogateescape"), set_aside.total) == (b"caf\xe9.jpg", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("path,kind,age\n", "has a header and no rows that can be used"),
+        ("path,kind,age\n,cat,3\n", "no rows that can be used; set aside: 1 rows without a usable path"),
+        ("path,kind,age,kind\na,b,1,c\n", r"t.csv:1: the header has column 'kind' 2 times"),
+        ("path,kinds,age\na,b,1\n", r"t.csv:1: unknown column 'kind'.*did you mean 'kinds'"),
+        (GOOD.replace(",", ";"), r"the fields look parted by ';': give delimiter"),
+        ("x" * 200_000 + "\n", r"t.csv:1: the header cannot be read: field larger than"),
+    ],
+    ids=["empty", "header only", "no good row", "duplicate", "unknown", "semicolons", "huge"],
+)
+def test_a_table_that_cannot_be_read_says_where(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(mtl.DataError, match=message):
+        read(text, tmp_path)
+
+
+def test_a_file_that_is_not_there_and_an_encoding_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(mtl.DataError, match=r"cannot read table '.*none.csv': No such file"):
+        read_table(tmp_path / "none.csv", {}, SetAside())
+    with pytest.raises(mtl.DataError, match="unknown encoding: klingon"):
+        read(GOOD, tmp_path, encoding="klingon")
+
+
+def test_classes_are_sorted_numbers_by_value_or_in_the_order_given() -> None:
+    found = Classes()
+    for text in ("10", "9", "-1", "9"):
+        found.append(found.parse(text))
+    assert (found.names, found.codes.tolist()) == (("-1", "9", "10"), [2, 1, 0, 1])
+    fixed = Classes(["young", "old"])
+    fixed.append(fixed.parse("old"))
+    fixed.append(None)
+    assert (fixed.names, fixed.codes.tolist()) == (("young", "old"), [1, -1])
+    with pytest.raises(ValueError, match="is none of the classes young, old"):
+        fixed.parse("middle")
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(), st.text()), min_size=1, max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_written_is_read_or_set_aside(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, ...]]
+) -> None:
+    import csv
+
+    file = tmp_path_factory.mktemp("tables") / "t.csv"
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogatepass") as stream:
+        csv.writer(stream).writerows([("path", "kind", "age"), ("sure", "", ""), *rows])
+    path, kind, age, set_aside = Texts(), Classes(), Numbers(), SetAside()
+    lines = read_table(file, {"path": path, "kind": kind, "age": age}, set_aside)
+    assert len(lines) == len(list(path)) == len(kind.codes) == len(age.values)
+    lost = sum(count for why, count in set_aside.counts.items() if why.startswith("rows"))
+    assert len(lines) + lost == 1 + len(rows)
+    assert not np.isinf(age.values).any()
