@@ -18,6 +18,7 @@ PLUGINS = sorted((ROOT / "tasks" / "mtl_tasks").glob("*.py"))
 
 RANK = {
     "errors": 0,
+    "folders": 0,
     "findings": 1,
     "figures": 0,
     "ablation": 8,
