@@ -125,8 +125,8 @@ def make_tasks(config: RunConfig) -> list[Task]:
     Raises:
         ConfigError: options for a dataset that no task uses, or a task whose dataset is not registered; all of them.
     """
-    tasks = [make_task(choice.name, choice.options, choice.weight) for choice in config.tasks]  # type: ignore[arg-type]
-    known = DATASETS.names()
+    tasks = [make_task(one.name, one.options, one.weight, one.plugin) for one in config.tasks]  # type: ignore[arg-type]
+    known = sorted({*DATASETS.names(), *config.data.datasets})
     used = sorted({task.dataset for task in tasks})
     wrong = [f"task {t.name!r}: {unknown('dataset', t.dataset, known)}" for t in tasks if t.dataset not in known]
     wrong += [f"data.datasets: {unknown('dataset', n, used)} by these tasks" for n in config.data.datasets if n not in used]
@@ -147,17 +147,19 @@ def load_data(
     """Split -> dataset name -> samples, on the device, in the order of dataset names."""
     samples: dict[Split, dict[str, Samples]] = {split: {} for split in Split}
     for name in sorted({task.dataset for task in tasks}):
+        chosen = config.data.datasets.get(name, Choice(name))
         parts = load_splits(
             name,
             [task for task in tasks if task.dataset == name],
             data_root(config.data.root),
-            config.data.datasets.get(name),
+            chosen.options,
             config.data.validation,
             config.data.split_seed,
             config.device,
             splits,
             decoders,
             Portion(config.data.fraction, config.data.labelled),
+            chosen.plugin,
         )
         for split, part in parts.items():
             samples[split][name] = part

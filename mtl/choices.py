@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from mtl.errors import MTLError, unknown
 from mtl.options import Options
-from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS, Plugin, Registry
+from mtl.registry import BACKBONES, BALANCERS, DATASETS, NAME, TASKS, Plugin, Registry
 from mtl.sharing import STRUCTURAL, Sharing, kinds, model_of
 
 CHOICE = "x-choice"
@@ -24,24 +24,39 @@ CHOICE = "x-choice"
 
 @dataclass(frozen=True)
 class Choice:
-    """A registered name and its options (None: the plugin takes none)."""
+    """A registered name and its options (None: the plugin takes none).
+
+    `of` is what is registered where the name is one's own, as of two tasks that are made alike; empty: the name itself.
+    """
 
     name: str
     options: BaseModel | None = None
     weight: float | None = None
+    of: str = ""
+
+    @property
+    def plugin(self) -> str:
+        """The registered name."""
+        return self.of or self.name
 
     def dump(self) -> Any:
         """As it stands in a config: the bare name where that says all."""
-        rest = self.options.model_dump(mode="json") if self.options else {}
+        rest: dict[str, Any] = {"task": self.of} if self.of else {}
+        rest |= self.dump_options()
         if self.weight is not None:
             rest["weight"] = self.weight
         return {"name": self.name, **rest} if rest else self.name
+
+    def dump_options(self) -> dict[str, Any]:
+        """The options as they stand in a config."""
+        return self.options.model_dump(mode="json") if self.options else {}
 
 
 class _Entry(Options):
     """What every mapping for a task may hold beside the task's own options."""
 
     weight: float | None = Field(None, gt=0)
+    task: str = ""
 
 
 def choose(registry: Registry, value: Any) -> Choice:
@@ -59,13 +74,26 @@ def choose(registry: Registry, value: Any) -> Choice:
         raise ValueError(f"must be a name, or a mapping with a name; found {value!r}")
     given = dict(given)
     name = given.pop("name")
-    entry = _Entry.model_validate({"weight": given.pop("weight", None) if registry is TASKS else None})
+    own = list(_Entry.model_fields) if registry is TASKS else []
+    entry = _Entry.model_validate({key: given.pop(key) for key in own if key in given})
+    plugin = _registered(registry, name, entry.task)
+    return Choice(name, _options(plugin, given, ["name", *own]), entry.weight, entry.task)
+
+
+def _registered(registry: Registry, name: str, of: str) -> Plugin:
+    """The plugin that a name of a config means, or that it gives a name of its own to.
+
+    Raises:
+        ValueError: for pydantic to collect.
+    """
+    if of and not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be a name: use letters, digits and underscores, beginning with a letter")
+    if of and of != name and name in registry.names():
+        raise ValueError(f"{name!r} is a registered {registry.kind}; give your {of!r} another name")
     try:
-        plugin = registry.get(name)
+        return registry.get(of or name)
     except MTLError as error:
         raise ValueError(str(error)) from error
-    own = ["name", *(["weight"] if registry is TASKS else [])]
-    return Choice(name, _options(plugin, given, own), entry.weight)
 
 
 def _options(plugin: Plugin, given: Any, own: Sequence[str] = ()) -> BaseModel | None:
@@ -113,19 +141,23 @@ class Registered:
         return {CHOICE: self.registry.word}
 
 
-def dataset_options(name: str, given: Any) -> BaseModel | None:
-    """The validated options of the dataset `name`; None where it takes none.
+def choose_dataset(name: str, given: Any) -> Choice:
+    """The dataset `name` with its validated options; with a key `dataset` the registered one of that name under another.
 
     Raises:
         ValueError, ValidationError: unknown or broken dataset, or mistakes in its keys; for pydantic to collect.
     """
-    if isinstance(given, BaseModel):
+    if isinstance(given, Choice):
         return given
-    try:
-        plugin = DATASETS.get(name)
-    except MTLError as error:
-        raise ValueError(str(error)) from error
-    return _options(plugin, given)
+    of = ""
+    if isinstance(given, Mapping) and isinstance(given.get("dataset"), str):
+        of, given = given["dataset"], {key: value for key, value in given.items() if key != "dataset"}
+    return Choice(name, _options(_registered(DATASETS, name, of), given, ["dataset"]), of=of)
+
+
+def dump_datasets(datasets: Mapping[str, Choice]) -> dict[str, Any]:
+    """Datasets as they stand in a config."""
+    return {name: {**({"dataset": one.of} if one.of else {}), **one.dump_options()} for name, one in datasets.items()}
 
 
 def with_choices(schema: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +168,16 @@ def with_choices(schema: dict[str, Any]) -> dict[str, Any]:
         extra = {"weight": {"type": "number", "exclusiveMinimum": 0}} if registry is TASKS else {}
         models = {name: plugin.options for name in registry.names() if (plugin := _loadable(registry, name))}
         definitions[registry.word] = _alternatives("name", models, extra, definitions)
+        if registry is TASKS:  # under a name of one's own
+            named = [
+                {
+                    **one,
+                    "properties": {**one["properties"], "name": {"type": "string"}, "task": one["properties"]["name"]},
+                    "required": [*one["required"], "task"],
+                }
+                for one in definitions[registry.word]["anyOf"][1:]
+            ]
+            definitions[registry.word]["anyOf"] += named
     sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
     definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
     return schema

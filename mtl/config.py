@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from mtl.batches import Augment
-from mtl.choices import CHOICE, Choice, Registered, choose_sharing, dataset_options, with_choices
+from mtl.choices import CHOICE, Choice, Registered, choose_dataset, choose_sharing, dump_datasets, with_choices
 from mtl.errors import ConfigError, unknown
 from mtl.optim import OptimConfig
 from mtl.options import Options, problems, within
@@ -57,8 +57,8 @@ class DataConfig(Options):
     labelled: dict[str, Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     """Task -> how many of its training labels are used (a count, or a share as a number with a point); the others are taken for
     missing. A sample on which no task of the run has a label is left out."""
-    datasets: dict[str, Any] = Field(default_factory=dict)
-    """Options of datasets, by dataset name."""
+    datasets: Annotated[dict[str, Any], PlainSerializer(dump_datasets)] = Field(default_factory=dict)
+    """Options of datasets, by dataset name; with `dataset: NAME` those of the registered one under a name of your own."""
 
     @field_validator("validation")
     @classmethod
@@ -70,15 +70,15 @@ class DataConfig(Options):
     @field_validator("datasets")
     @classmethod
     def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        options, wrong = {}, []
+        chosen, wrong = {}, []
         for name, given in value.items():
             try:
-                options[name] = dataset_options(name, given)
+                chosen[name] = choose_dataset(name, given)
             except ValueError as error:
                 wrong += within(name, error)
         if wrong:
             raise ValidationError.from_exception_data("datasets", wrong)
-        return options
+        return chosen
 
 
 class InitFrom(Options):
@@ -107,7 +107,7 @@ class RunConfig(Options):
     """
 
     tasks: list[Annotated[Choice, Registered(TASKS)]] = Field(min_length=1)
-    """Registered tasks, by name or as {name, weight, options...}."""
+    """Registered tasks, by name or as {name, weight, options...}; as {name, task: NAME, ...} one under a name of your own."""
     backbone: Annotated[Choice, Registered(BACKBONES)] = Choice("small_cnn")
     """The network that each tower is."""
     sharing: Annotated[

@@ -106,11 +106,12 @@ def load_splits(
     splits: Sequence[Split] = tuple(Split),
     decoders: Decoders | None = None,
     portion: Portion | None = None,
+    of: str = "",
 ) -> dict[Split, Samples]:
     """Load, check and move the splits of a dataset.
 
     Args:
-        name: of the registered dataset.
+        name: of the dataset.
         tasks: those that use it.
         validation: how many training samples to hold out (an int), or which share of them (a float below 1); 0: none. A
             dataset that has its own validation split uses that instead.
@@ -118,6 +119,7 @@ def load_splits(
         split_seed: decides which samples are held out: the same for every arm and seed of a comparison.
         decoders: who reads image files; None: this process, when they are asked for.
         portion: how much of the training data is used, once validation samples are held out; None: all of it.
+        of: the registered dataset that it is; empty: that of its name.
 
     Returns:
         Of those wanted: `TRAIN`, `VAL` unless `validation` is 0, and `TEST` where the dataset declares it.
@@ -126,7 +128,7 @@ def load_splits(
         DataError, PluginError: naming dataset, split, task and what is wrong.
     """
     check_name("dataset", name)
-    plugin = DATASETS.get(name)
+    plugin = DATASETS.get(of or name)
     declared = plugin.details["splits"]
     if Split.TRAIN not in declared or not set(declared) <= set(Split):
         raise PluginError(f"{plugin} declares splits {tuple(declared)}; they are train, and val and test where it has them")

@@ -144,7 +144,7 @@ def restored_task(described: Mapping[str, Any], given: Mapping[str, Any]) -> Tas
     else:
         try:
             choice = choose(TASKS, given.get(name, name))
-            head = make_task(name, choice.options).head.restored(dict(described))  # type: ignore[arg-type]
+            head = make_task(name, choice.options, of=choice.plugin).head.restored(dict(described))  # type: ignore[arg-type]
         except (MTLError, ValueError) as error:
             raise PluginError(
                 f"task {name!r} has a head of its own, {kind}, and so needs its plugin, installed or by --plugin FILE.py: "

@@ -77,14 +77,15 @@ def check_name(what: str, name: str) -> None:
         raise PluginError(f"{what} name {name!r} is an attribute of torch modules; call it {name}_{what}, say")
 
 
-def make_task(name: str, options: Options | None = None, weight: float | None = None) -> Task:
-    """The registered task `name`, made and validated, with its weight replaced where one is given.
+def make_task(name: str, options: Options | None = None, weight: float | None = None, of: str = "") -> Task:
+    """The registered task `name` (or the registered `of` under that name), made and validated, with its weight replaced where
+    one is given.
 
     Raises:
         PluginError: unknown, broken, or not giving a `Task`.
     """
     check_name("task", name)
-    plugin = TASKS.get(name)
+    plugin = TASKS.get(of or name)
     try:
         task = plugin.create(options=options)
     except PluginError:

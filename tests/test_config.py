@@ -13,6 +13,7 @@ from conftest import TINY, TinyOptions
 from pydantic import BaseModel, ValidationError
 
 import mtl
+from mtl.choices import Choice
 from mtl.config import from_tree, json_schema, load, override
 from mtl.registry import BACKBONES, BALANCERS, TASKS
 from mtl.sharing import kinds
@@ -70,7 +71,7 @@ def test_overrides_reach_every_depth() -> None:
     assert config.backbone.options is not None
     assert config.backbone.options.model_dump() == {"width": 0.1, "dropout": 0.25}  # what was there stays
     assert config.data.validation == 12
-    assert config.data.datasets == {"tiny": TinyOptions(train=24)}
+    assert config.data.datasets == {"tiny": Choice("tiny", TinyOptions(train=24))}
 
 
 def test_override_values_are_yaml() -> None:
@@ -566,7 +567,9 @@ def test_schema_offers_what_is_registered(schema: dict[str, Any]) -> None:
     for word, names in (("task", TASKS.names()), ("backbone", BACKBONES.names()), ("balancer", BALANCERS.names())):
         names_there, *mappings = schema["$defs"][word]["anyOf"]
         assert names_there["enum"] == names
-        assert [rule["properties"]["name"]["const"] for rule in mappings] == names
+        assert [rule["properties"]["name"]["const"] for rule in mappings[: len(names)]] == names
+        under_other_names = [rule["properties"]["task"]["const"] for rule in mappings[len(names) :]]
+        assert under_other_names == (names if word == "task" else [])
     assert {"fashion_category", "shapes_kind", "tiny_a"} <= set(TASKS.names())
     kinds_there, *sharings = schema["$defs"]["sharing"]["anyOf"]
     assert sorted(kinds_there["enum"]) == sorted(kinds())
@@ -653,3 +656,44 @@ def test_a_required_key_without_a_description_is_asked_for() -> None:
 
     with pytest.raises(ValidationError, match="required"):
         Bare.model_validate({})
+
+
+# Names of one's own
+
+
+def test_a_registered_task_under_names_of_ones_own_is_several(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    twice = [{"name": "first", "task": "tiny_a"}, {"name": "second", "task": "tiny_a", "weight": 2.0}, "tiny_b"]
+    config = mtl.RunConfig(**{**tiny_config, "tasks": twice, "epochs": 1})
+    assert [(one.name, one.plugin, one.weight) for one in config.tasks] == [
+        ("first", "tiny_a", None), ("second", "tiny_a", 2.0), ("tiny_b", "tiny_b", None),
+    ]  # fmt: skip
+    assert config.model_dump(mode="json")["tasks"] == twice
+    assert from_tree(config.model_dump(mode="json")) == config
+    result = mtl.train(config, "run")
+    assert set(result.test) - {"score"} == {"first", "second", "tiny_b"}
+    assert from_tree(load("run/config.yaml").model_dump(mode="json")).tasks == config.tasks
+
+
+def test_a_dataset_under_a_name_of_ones_own(tiny_config: dict[str, Any]) -> None:
+    config = mtl.RunConfig(
+        **{**tiny_config, "data": {"validation": 0.25, "datasets": {"mine": {"dataset": "tiny", "train": 24}}}}
+    )
+    assert config.data.datasets["mine"].plugin == "tiny"
+    assert config.model_dump(mode="json")["data"]["datasets"]["mine"]["dataset"] == "tiny"
+    assert from_tree(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"tasks": [{"name": "first", "task": "tinny_a"}]}, "unknown task 'tinny_a'.*did you mean 'tiny_a'"),
+        ({"tasks": [{"name": "tiny_b", "task": "tiny_a"}]}, "'tiny_b' is a registered task; give your 'tiny_a' another name"),
+        ({"tasks": [{"name": "a b", "task": "tiny_a"}]}, "'a b' cannot be a name"),
+        ({"tasks": [{"name": "first", "task": 3}]}, "task.*string"),
+        ({"tasks": ["tiny_a"], "data": {"datasets": {"mine": {"dataset": "tinny"}}}}, "unknown dataset 'tinny'"),
+        ({"tasks": ["tiny_a"], "data": {"datasets": {"mine": {"dataset": "tiny", "trian": 3}}}}, "did you mean 'train'"),
+    ],
+)
+def test_mistakes_in_names_of_ones_own(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(mtl.ConfigError, match=message):
+        from_tree(tree)
