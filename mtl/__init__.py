@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mtl.files import ImageFiles as ImageFiles
     from mtl.heads import DataclassHead as DataclassHead
     from mtl.heads import FeatureHead as FeatureHead
+    from mtl.heads import FromClasses as FromClasses
     from mtl.heads import Head as Head
     from mtl.metrics import Metric as Metric
     from mtl.metrics import torchmetric as torchmetric
@@ -81,7 +82,7 @@ _HOME = {
     "datasets": ("ArrayDataset",),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
     "files": ("ImageFiles",),
-    "heads": ("DataclassHead", "FeatureHead", "Head"),
+    "heads": ("DataclassHead", "FeatureHead", "FromClasses", "Head"),
     "metrics": ("Metric", "torchmetric"),
     "multilabel": ("MultiLabel",),
     "optim": ("OptimConfig",),

@@ -76,6 +76,10 @@ class Classification(DataclassHead):
         """(B, *features) -> logits (B, C)."""
         return FeatureHead(features, len(self.classes))
 
+    def class_names(self) -> tuple[str, ...]:
+        """`classes`."""
+        return tuple(self.classes)
+
     def targets(self, labels: Tensor, valid: Tensor) -> Tensor:
         """Class indices, int64 (N,)."""
         return class_indices(labels, valid, len(self.classes))

@@ -19,6 +19,7 @@ from torch import Tensor
 from mtl.datasets import Dataset
 from mtl.errors import DataError, MTLError, PluginError, unknown
 from mtl.files import FileImages
+from mtl.heads import Head
 from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
 from mtl.seeding import permutation
@@ -44,6 +45,7 @@ class Samples:
     `images` is a tensor (N, ...) on the device, or files that are decoded when they are asked for; `image_batches` is the way
     to all of them.
 
+    `classes[target]` is what a target's labels stand for, where the dataset says so.
     `valid[task]` is bool, (N,) or of the target's shape, or None where every label exists; `labelled[task]` counts those that
     do, and `shares[task]` is the part of all labels that do.
     """
@@ -54,6 +56,7 @@ class Samples:
     valid: Mapping[str, Tensor | None]
     labelled: Mapping[str, int]
     shares: Mapping[str, float]
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -154,6 +157,11 @@ def checked_splits(
     used, checked, moved. Training samples on which no task has a label are left out.
     """
     parts = dict(parts)
+    classes = next(iter(parts.values())).classes
+    for split, part in parts.items():
+        if part.classes != classes:
+            raise DataError(f"dataset {name!r}: its splits name different classes: {classes}, but {split} {part.classes}")
+    tasks = [replace(task, head=named(task, classes)) for task in tasks]
     masks: dict[Split, Masks] = {split: {task.name: _labelled(parts[split], task) for task in tasks} for split in parts}
     if Split.TRAIN in parts:
         _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, masks[Split.TRAIN], "cpu")  # whole: positions are the plugin's own
@@ -287,6 +295,7 @@ def _check(
             raise DataError(f"{where}: task {task.name!r} wants " + unknown("target", task.target, data.labels))
         labels, seen = data.labels[task.target], masks[task.name]
         try:
+            labels = _renumbered(labels, seen, data.classes.get(task.target), task.head)
             target = task.head.targets(labels, seen)
             if not seen.any():
                 raise DataError("no sample is labelled")
@@ -296,7 +305,30 @@ def _check(
         valid[task.name] = None if seen.all() else seen.to(device)
         labelled[task.name] = int(seen.sum())
         shares[task.name] = labelled[task.name] / seen.numel()
-    return Samples(name, data.placed(device, decoders), targets, valid, labelled, shares)
+    return Samples(name, data.placed(device, decoders), targets, valid, labelled, shares, data.classes)
+
+
+def named(task: Task, classes: Mapping[str, tuple[str, ...]]) -> Head:
+    """A task's head, for what the dataset says of its target's classes."""
+    return task.head.named(classes[task.target]) if task.target in classes else task.head
+
+
+def _renumbered(labels: Tensor, seen: Tensor, names: tuple[str, ...] | None, head: Head) -> Tensor:
+    """Labels that stand for `names` as the head numbers them: one that was restored may know more, or in another order.
+
+    Raises:
+        DataError: a class that occurs and that the head does not know.
+    """
+    known = head.class_names()
+    if names is None or known is None or names == known or labels.is_floating_point() or labels.ndim != 1:
+        return labels
+    place = torch.tensor([known.index(name) if name in known else -1 for name in names])
+    inside = (labels >= 0) & (labels < len(names))
+    found = torch.where(inside, place[torch.where(inside, labels, 0).long()], labels.long())
+    if (strange := inside & seen & (found < 0)).any():
+        new = names[int(labels[strange][0])]
+        raise DataError(f"class {new!r} is none of those that the task knows: {', '.join(known)}")
+    return found
 
 
 def fit_heads(tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Task]:
@@ -311,7 +343,7 @@ def fit_heads(tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Ta
         target, mask = part.targets[task.name], part.valid[task.name]
         seen = mask if mask is not None else torch.ones(len(target), dtype=torch.bool, device=target.device)
         try:
-            fitted.append(replace(task, head=task.head.fitted(target, seen)))
+            fitted.append(replace(task, head=named(task, part.classes).fitted(target, seen)))
         except DataError as error:
             raise DataError(f"dataset {task.dataset!r}, train split, task {task.name!r}: {error}") from error
     return fitted

@@ -32,6 +32,7 @@ class Dataset(ABC):
         labels: target name -> (N, ...) as the dataset stores them; integers or floats.
         valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
             shape for maps. A target not named here is labelled everywhere.
+        classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task.
 
     Raises:
         DataError: shapes or lengths that do not fit together.
@@ -39,7 +40,13 @@ class Dataset(ABC):
 
     images: Any
 
-    def __init__(self, count: int, labels: Mapping[str, Any], valid: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        count: int,
+        labels: Mapping[str, Any],
+        valid: Mapping[str, Any] | None,
+        classes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         if not isinstance(labels, Mapping):
             raise DataError(f"labels must map target names to arrays, as in {{'digit': y}}; found {type(labels).__name__}")
         self.labels = {name: as_tensor(value, f"labels[{name!r}]") for name, value in labels.items()}
@@ -51,6 +58,12 @@ class Dataset(ABC):
             if mask.dtype != torch.bool or mask.shape != self.labels[name].shape[: mask.ndim]:
                 raise DataError(f"valid[{name!r}] must be bool of shape (N,); found {mask.dtype} of shape {tuple(mask.shape)}")
             self.valid[name] = mask
+        self.classes = {name: tuple(map(str, names)) for name, names in (classes or {}).items()}
+        for name, names in self.classes.items():
+            if name not in self.labels:
+                raise DataError(f"classes: {unknown('target', name, self.labels)}")
+            if twice := sorted({one for one in names if names.count(one) > 1}):
+                raise DataError(f"classes[{name!r}] holds {twice[0]!r} more than once")
         for name, value in self.labels.items():
             if value.ndim == 0 or len(value) != count:
                 raise DataError(f"labels[{name!r}] must have one entry per image, {count}; found shape {tuple(value.shape)}")
@@ -89,14 +102,22 @@ class ArrayDataset(Dataset):
         labels: target name -> (N, ...) as the dataset stores them; integers or floats.
         valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
             shape for maps. A target not named here is labelled everywhere.
+        classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task
+            (`FromClasses`).
 
     Raises:
         DataError: shapes or lengths that do not fit together, or values that are not finite.
     """
 
-    def __init__(self, images: Any, labels: Mapping[str, Any], valid: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        images: Any,
+        labels: Mapping[str, Any],
+        valid: Mapping[str, Any] | None = None,
+        classes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.images: Tensor = _images(images)
-        super().__init__(len(self.images), labels, valid)
+        super().__init__(len(self.images), labels, valid, classes)
 
     def __len__(self) -> int:
         return len(self.images)

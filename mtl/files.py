@@ -167,6 +167,8 @@ class ImageFiles(Dataset):
         labels: target name -> (N, ...) as the dataset stores them; integers or floats.
         valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
             shape for maps. A target not named here is labelled everywhere.
+        classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task
+            (`FromClasses`).
         size: (height, width) in pixels that every image is resized to; the aspect ratio is not kept.
         channels: 1 for grey, 3 for red, green and blue; images of another kind are converted.
 
@@ -184,6 +186,7 @@ class ImageFiles(Dataset):
         paths: Sequence[str | Path],
         labels: Mapping[str, Any],
         valid: Mapping[str, Any] | None = None,
+        classes: Mapping[str, Sequence[str]] | None = None,
         *,
         size: tuple[int, int],
         channels: int = 3,
@@ -201,7 +204,7 @@ class ImageFiles(Dataset):
         self.images = FileImages(Paths(paths), channels, (height, width))
         if not len(self.images):
             raise DataError("there are no paths; were the files looked for in the right folder?")
-        super().__init__(len(self.images), labels, valid)
+        super().__init__(len(self.images), labels, valid, classes)
         _look_for(self.images.paths)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
@@ -73,6 +73,16 @@ class Head(ABC):
         """
         return self
 
+    def named(self, classes: Sequence[str]) -> Head:
+        """The head for a target whose dataset says what its labels stand for. Default: as it is."""
+        return self
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the labels 0, 1, ... stand for; None where they are no classes. A dataset that names them in another order has
+        its labels renumbered.
+        """
+        return None
+
     def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
         """Several models' outputs for the same samples as one, for an ensemble. Default: their mean; where outputs are logits,
         those of the mean probabilities.
@@ -113,6 +123,48 @@ class DataclassHead(Head):
     @classmethod
     def _fields(cls) -> list[str]:
         return [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+
+class FromClasses(Head):
+    """A head that is made when the dataset has said what its classes are: `FromClasses(Classification, label_smoothing=0.1)`.
+
+    Args:
+        kind: takes the class names first.
+        options: its other arguments.
+    """
+
+    def __init__(self, kind: Callable[..., Head], **options: Any) -> None:
+        self.kind, self.options = kind, options
+
+    def named(self, classes: Sequence[str]) -> Head:
+        """The head."""
+        return self.kind(classes, **self.options)
+
+    def restored(self, description: dict[str, Any]) -> Head:  # type: ignore[override]
+        """The head that wrote `description`, for the classes in it."""
+        return self.named(description["classes"]).restored(description)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Those of the head, whose names do not depend on its classes."""
+        return self.named(("0", "1")).metrics()
+
+    def build(self, features: tuple[int, ...]) -> nn.Module:
+        raise self._unnamed()
+
+    def targets(self, labels: Tensor, valid: Tensor) -> Tensor:
+        raise self._unnamed()
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        raise self._unnamed()
+
+    def predictions(self, output: Tensor) -> Tensor:
+        raise self._unnamed()
+
+    def decode(self, output: Tensor) -> list[dict[str, Any]]:
+        raise self._unnamed()
+
+    def _unnamed(self) -> DataError:
+        return DataError("this task takes its classes from the dataset, which names none: give ArrayDataset(..., classes=...)")
 
 
 class FeatureHead(nn.Sequential):

@@ -59,6 +59,10 @@ class Ordinal(DataclassHead):
         """(B, *features) -> logits (B, C - 1)."""
         return Thresholds(features, len(self.classes) - 1)
 
+    def class_names(self) -> tuple[str, ...]:
+        """`classes`."""
+        return tuple(self.classes)
+
     def targets(self, labels: Tensor, valid: Tensor) -> Tensor:
         """Class indices, int64 (N,)."""
         return class_indices(labels, valid, len(self.classes))

@@ -17,6 +17,7 @@ import mtl
 from mtl.batches import Augment, Feed, batch_bounds, in_order
 from mtl.data import Samples, fit_heads, load_splits
 from mtl.registry import DATASETS
+from mtl.registry import TASKS as TASK_PLUGINS
 from mtl.seeding import hash_uniform, seeded
 from mtl.standardize import Standardize
 from mtl.task import make_task
@@ -318,3 +319,72 @@ def test_standardisation_of_floats_and_none() -> None:
     none = Standardize((5,), "none")
     none.fit(part)
     assert torch.equal(none(x), x)
+
+
+# Classes that the dataset names
+
+
+def pets(names: tuple[str, ...], kinds: list[str]) -> str:
+    """A dataset whose labels stand for `names` in that order, one sample for each of `kinds`."""
+    y = np.array([names.index(kind) for kind in kinds])
+    images = np.array([[[50 * len(kind) % 251]] * 64 for kind in kinds], np.uint8).reshape(len(kinds), 8, 8)
+    return register("pets", images=images, labels={"kind": y}, classes={"kind": names})
+
+
+@pytest.mark.parametrize("head", [mtl.Classification, mtl.Ordinal])
+def test_a_head_takes_its_classes_from_the_data_and_knows_them_again(head: type[mtl.Head], in_tmp: Path) -> None:
+    register_pet_kind(head)
+    kinds = ["cat", "parrot", "dog"] * 8
+    pets(("cat", "dog", "parrot"), kinds)
+    config = mtl.RunConfig(
+        tasks=["pet_kind"],
+        backbone={"name": "mlp", "widths": [8]},
+        data={"validation": 6},
+        epochs=3,
+        device="cpu",
+        precision="fp32",
+    )
+    result = mtl.train(config, "run")
+    assert list(mtl.load_model("run").model.tasks[0].head.class_names() or ()) == ["cat", "dog", "parrot"]
+    first = mtl.evaluate_run("run", "test")["pet_kind"]
+    assert first == result.test["pet_kind"]
+    pets(("parrot", "cat", "dog"), kinds)  # the same samples, numbered otherwise
+    assert mtl.evaluate_run("run", "test")["pet_kind"] == first
+    pets(("dog", "parrot"), ["parrot", "dog"] * 8)  # fewer of them
+    assert mtl.evaluate_run("run", "test")["pet_kind"]["n"] == 16
+    pets(("cat", "ferret"), ["cat", "ferret"] * 8)
+    with pytest.raises(mtl.DataError, match="class 'ferret' is none of those that the task knows: cat, dog, parrot"):
+        mtl.evaluate_run("run", "test")
+
+
+def register_pet_kind(head: type[mtl.Head]) -> None:
+    @mtl.register_task("pet_kind")
+    def pet_kind() -> mtl.Task:
+        return mtl.Task("pets", "kind", mtl.FromClasses(head))
+
+    TASK_PLUGINS._claims["pet_kind"] = TASK_PLUGINS._claims["pet_kind"][-1:]
+
+
+def test_a_head_whose_dataset_names_no_classes_is_told(in_tmp: Path) -> None:
+    register_pet_kind(mtl.Classification)
+    register("pets", labels={"kind": GOOD["a"]})
+    with pytest.raises(mtl.DataError, match=r"task 'pet_kind': .*takes its classes from the dataset, which names none"):
+        load_splits("pets", [make_task("pet_kind")], Path(), None, 0, 0, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [({"c": ("x", "y")}, "classes: unknown target 'c'"), ({"a": ("x", "y", "x")}, r"classes\['a'\] holds 'x' more than once")],
+)
+def test_classes_that_mean_nothing(classes: dict[str, tuple[str, ...]], message: str) -> None:
+    with pytest.raises(mtl.DataError, match=message):
+        mtl.ArrayDataset(IMAGES, GOOD, classes=classes)
+
+
+def test_splits_must_name_the_same_classes() -> None:
+    @mtl.register_dataset("split_names")
+    def dataset(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        return mtl.ArrayDataset(IMAGES, GOOD, classes={"a": ("x", "y", "z") if split == mtl.Split.TRAIN else ("z", "y", "x")})
+
+    with pytest.raises(mtl.DataError, match="its splits name different classes"):
+        load("split_names")
