@@ -157,7 +157,7 @@ def checked_splits(
     used, checked, moved. Training samples on which no task has a label are left out.
     """
     parts = dict(parts)
-    classes = next(iter(parts.values())).classes
+    classes = next((part.classes for part in parts.values()), {})
     for split, part in parts.items():
         if part.classes != classes:
             raise DataError(f"dataset {name!r}: its splits name different classes: {classes}, but {split} {part.classes}")
