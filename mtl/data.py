@@ -270,8 +270,20 @@ def _carve(name: str, train: Dataset, validation: int | float, seed: int) -> tup
             f"dataset {name!r}: data.validation={validation} holds out {count} of {total} training images; at least one must "
             "be held out and two must stay; use a share such as 0.1, or 0 to select the last epoch"
         )
-    order = permutation(total, seed, "validation", name)
-    return order[count:].sort().values, order[:count].sort().values
+    if train.groups is None:
+        order = permutation(total, seed, "validation", name)
+        return order[count:].sort().values, order[:count].sort().values
+    _, group, sizes = train.groups.unique(return_inverse=True, return_counts=True)
+    order = permutation(len(sizes), seed, "validation", name)
+    taken = sizes[order].cumsum(0)  # samples in the first groups
+    whole = int((taken - count).abs().argmin()) + 1
+    if not int(taken[whole - 1]) <= total - 2:
+        raise DataError(
+            f"dataset {name!r}: data.validation={validation} cannot be held out in whole groups: {len(sizes)} groups have up "
+            f"to {int(sizes.max())} of {total} training images; use fewer, or give more groups"
+        )
+    held_out = torch.isin(group, order[:whole])
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
 def _check(

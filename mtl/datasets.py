@@ -33,6 +33,8 @@ class Dataset(ABC):
         valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
             shape for maps. A target not named here is labelled everywhere.
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task.
+        groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
+            held out in whole groups. None: each sample by itself.
 
     Raises:
         DataError: shapes or lengths that do not fit together.
@@ -46,6 +48,7 @@ class Dataset(ABC):
         labels: Mapping[str, Any],
         valid: Mapping[str, Any] | None,
         classes: Mapping[str, Sequence[str]] | None = None,
+        groups: Any | None = None,
     ) -> None:
         if not isinstance(labels, Mapping):
             raise DataError(f"labels must map target names to arrays, as in {{'digit': y}}; found {type(labels).__name__}")
@@ -64,6 +67,9 @@ class Dataset(ABC):
                 raise DataError(f"classes: {unknown('target', name, self.labels)}")
             if twice := sorted({one for one in names if names.count(one) > 1}):
                 raise DataError(f"classes[{name!r}] holds {twice[0]!r} more than once")
+        self.groups = None if groups is None else as_tensor(groups, "groups")
+        if self.groups is not None and (self.groups.shape != (count,) or self.groups.is_floating_point()):
+            raise DataError(f"groups must be {count} integers; found {self.groups.dtype} of shape {tuple(self.groups.shape)}")
         for name, value in self.labels.items():
             if value.ndim == 0 or len(value) != count:
                 raise DataError(f"labels[{name!r}] must have one entry per image, {count}; found shape {tuple(value.shape)}")
@@ -90,6 +96,7 @@ class Dataset(ABC):
         part.images = self._images_at(index)
         part.labels = {name: value[index] for name, value in self.labels.items()}
         part.valid = {name: value[index] for name, value in self.valid.items()}
+        part.groups = None if self.groups is None else self.groups[index]
         return part
 
 
@@ -104,6 +111,8 @@ class ArrayDataset(Dataset):
             shape for maps. A target not named here is labelled everywhere.
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task
             (`FromClasses`).
+        groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
+            held out in whole groups. None: each sample by itself.
 
     Raises:
         DataError: shapes or lengths that do not fit together, or values that are not finite.
@@ -115,9 +124,10 @@ class ArrayDataset(Dataset):
         labels: Mapping[str, Any],
         valid: Mapping[str, Any] | None = None,
         classes: Mapping[str, Sequence[str]] | None = None,
+        groups: Any | None = None,
     ) -> None:
         self.images: Tensor = _images(images)
-        super().__init__(len(self.images), labels, valid, classes)
+        super().__init__(len(self.images), labels, valid, classes, groups)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -169,6 +169,8 @@ class ImageFiles(Dataset):
             shape for maps. A target not named here is labelled everywhere.
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task
             (`FromClasses`).
+        groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
+            held out in whole groups. None: each sample by itself.
         size: (height, width) in pixels that every image is resized to; the aspect ratio is not kept.
         channels: 1 for grey, 3 for red, green and blue; images of another kind are converted.
 
@@ -187,6 +189,7 @@ class ImageFiles(Dataset):
         labels: Mapping[str, Any],
         valid: Mapping[str, Any] | None = None,
         classes: Mapping[str, Sequence[str]] | None = None,
+        groups: Any | None = None,
         *,
         size: tuple[int, int],
         channels: int = 3,
@@ -204,7 +207,7 @@ class ImageFiles(Dataset):
         self.images = FileImages(Paths(paths), channels, (height, width))
         if not len(self.images):
             raise DataError("there are no paths; were the files looked for in the right folder?")
-        super().__init__(len(self.images), labels, valid, classes)
+        super().__init__(len(self.images), labels, valid, classes, groups)
         _look_for(self.images.paths)
 
     def __len__(self) -> int:

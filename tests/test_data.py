@@ -388,3 +388,35 @@ def test_splits_must_name_the_same_classes() -> None:
 
     with pytest.raises(mtl.DataError, match="its splits name different classes"):
         load("split_names")
+
+
+# Groups
+
+
+def test_validation_is_held_out_in_whole_groups() -> None:
+    people = torch.arange(60) % 13
+    register(
+        "people", images=np.zeros((60, 8, 8), np.uint8), labels={"a": people % 3, "b": people % 2, "who": people}, groups=people
+    )
+    for seed in range(5):
+        found = load_splits("people", [*TASKS, WHO], Path(), None, 15, seed, "cpu")
+        apart = [set(found[split].targets["who"].tolist()) for split in (mtl.Split.TRAIN, mtl.Split.VAL)]
+        assert not apart[0] & apart[1]
+        assert len(apart[0] | apart[1]) == 13
+        assert abs(len(found[mtl.Split.VAL]) - 15) <= 5
+        assert len(found[mtl.Split.TRAIN]) + len(found[mtl.Split.VAL]) == 60
+
+
+WHO = mtl.Task("people", "who", mtl.Classification([str(i) for i in range(13)]), name="who")
+
+
+def test_one_group_cannot_be_parted() -> None:
+    register("people", groups=np.zeros(6, int))
+    with pytest.raises(mtl.DataError, match="cannot be held out in whole groups: 1 groups have up to 6 of 6"):
+        load("people", 2)
+
+
+@pytest.mark.parametrize("groups", [np.zeros(5, int), np.zeros(6), np.zeros((6, 1), int)])
+def test_groups_that_do_not_fit(groups: Any) -> None:
+    with pytest.raises(mtl.DataError, match="groups must be 6 integers"):
+        mtl.ArrayDataset(IMAGES, GOOD, groups=groups)
