@@ -313,7 +313,7 @@ def matrices(
 
     `identity`: colours show the difference to it, so that it is white. Numbers below `least` have light colours.
     """
-    columns = min(len(of), max(1, int(WIDTH / (1.2 + 0.5 * len(tasks)))))
+    columns = min(len(of), 4, max(1, int((WIDTH - 1.2) / (0.3 + 0.5 * len(tasks)))))
     names = [wrapped(task, 20) for task in tasks]
 
     def draw(figure: Figure) -> None:
