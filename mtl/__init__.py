@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mtl.errors import PluginError as PluginError
     from mtl.errors import RunError as RunError
     from mtl.files import ImageFiles as ImageFiles
+    from mtl.folders import usable_files as usable_files
     from mtl.heads import DataclassHead as DataclassHead
     from mtl.heads import FeatureHead as FeatureHead
     from mtl.heads import FromClasses as FromClasses
@@ -62,6 +63,12 @@ if TYPE_CHECKING:
     from mtl.sharing import HardShared as HardShared
     from mtl.sharing import SplitAt as SplitAt
     from mtl.sharing import Unshared as Unshared
+    from mtl.tables import ClassColumn as ClassColumn
+    from mtl.tables import Column as Column
+    from mtl.tables import NumberColumn as NumberColumn
+    from mtl.tables import SetAside as SetAside
+    from mtl.tables import TextColumn as TextColumn
+    from mtl.tables import read_table as read_table
     from mtl.task import Task as Task
     from mtl.trainer import RunResult as RunResult
     from mtl.units import ExchangeUnit as ExchangeUnit
@@ -82,6 +89,7 @@ _HOME = {
     "datasets": ("ArrayDataset",),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
     "files": ("ImageFiles",),
+    "folders": ("usable_files",),
     "heads": ("DataclassHead", "FeatureHead", "FromClasses", "Head"),
     "metrics": ("Metric", "torchmetric"),
     "multilabel": ("MultiLabel",),
@@ -100,6 +108,7 @@ _HOME = {
     ),
     "regression": ("Regression",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
+    "tables": ("ClassColumn", "Column", "NumberColumn", "SetAside", "TextColumn", "read_table"),
     "task": ("Task",),
     "trainer": ("RunResult",),
     "units": ("ExchangeUnit",),

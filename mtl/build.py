@@ -34,6 +34,7 @@ from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.rundir import make_directory, refuse_to_overwrite
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
+from mtl.tables import write_csv
 from mtl.task import Task, make_task
 from mtl.tracking import Rows, TensorBoard
 from mtl.trainer import Run, RunResult, fit, train_step
@@ -114,9 +115,22 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),
         decoders=decoders,
-        notes=[*why_not, *notes],
+        notes=[*noted_aside(samples[Split.TRAIN], directory), *why_not, *notes],
         warm_up_seconds=seconds,
     )
+
+
+def noted_aside(training: Mapping[str, Samples], directory: Path) -> list[str]:
+    """What to say of the data that are not used; what they are goes to `set_aside.csv` in the run directory."""
+    said = []
+    rows = []
+    for name, part in training.items():
+        if part.set_aside.total:
+            said.append(f"dataset {name}: set aside: {part.set_aside.summary()}; listed in {directory / 'set_aside.csv'}")
+            rows += [(name, where, why) for where, why in part.set_aside.listed]
+    if rows:
+        write_csv(directory / "set_aside.csv", ("dataset", "where", "why"), rows)
+    return said
 
 
 def make_tasks(config: RunConfig) -> list[Task]:

@@ -114,7 +114,8 @@ def _loads(of: _Subject) -> str:
 def _dataset(of: _Subject) -> str:
     assert of.task is not None
     plugin = DATASETS.get(of.task.dataset)
-    parts = {Split(name): load_dataset(plugin, Split(name), of.root, None) for name in plugin.details["splits"]}
+    found = {Split(name): load_dataset(plugin, Split(name), of.root, None) for name in plugin.details["splits"]}
+    parts = {split: part for split, part in found.items() if part is not None}
     shapes = {(tuple(part.images.shape[1:]), part.images.dtype) for part in parts.values()}
     if len(shapes) > 1:
         raise _BrokenError(f"splits differ in shape or dtype: {shapes}; bring them to one")
@@ -128,6 +129,7 @@ def _same_twice(of: _Subject) -> str:
     assert of.task is not None
     again = load_dataset(DATASETS.get(of.task.dataset), Split.TRAIN, of.root, None)
     first = of.parts[Split.TRAIN]
+    assert again is not None
     same = again.same_images(first) and all(
         torch.equal(again.labels[name].nan_to_num(), label.nan_to_num()) for name, label in first.labels.items()
     )

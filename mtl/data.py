@@ -24,6 +24,7 @@ from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
 from mtl.seeding import permutation
 from mtl.subsets import how_many, stratified
+from mtl.tables import SetAside
 from mtl.task import Task, check_name
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Samples:
     labelled: Mapping[str, int]
     shares: Mapping[str, float]
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    set_aside: SetAside = field(default_factory=SetAside)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,10 +137,11 @@ def load_splits(
     declared = plugin.details["splits"]
     if Split.TRAIN not in declared or not set(declared) <= set(Split):
         raise PluginError(f"{plugin} declares splits {tuple(declared)}; they are train, and val and test where it has them")
-    needed = {split for split in splits if split in declared and (validation or split is not Split.VAL)}
-    if validation and Split.VAL in splits and Split.VAL not in declared:
-        needed.add(Split.TRAIN)
-    parts = {split: load_dataset(plugin, split, root, options) for split in Split if split in needed}
+    needed = [split for split in splits if split in declared and (validation or split is not Split.VAL)]
+    found = {split: load_dataset(plugin, split, root, options) for split in needed}
+    if validation and Split.VAL in splits and found.get(Split.VAL) is None and Split.TRAIN not in found:
+        found[Split.TRAIN] = load_dataset(plugin, Split.TRAIN, root, options)
+    parts = {split: data for split in Split if (data := found.get(split)) is not None}
     return checked_splits(name, parts, tasks, validation, split_seed, device, splits, decoders, portion)
 
 
@@ -183,8 +186,8 @@ def checked_splits(
     return samples
 
 
-def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | None) -> Dataset:
-    """One split as the plugin gives it.
+def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | None) -> Dataset | None:
+    """One split as the plugin gives it; None where it says that its options leave none for validation or testing.
 
     Raises:
         DataError, PluginError: there is no such split, or the plugin failed; naming dataset and split.
@@ -198,6 +201,8 @@ def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | No
     except MTLError as error:
         where = "" if str(root) in str(error) else f" (the data root is {root})"
         raise DataError(f"dataset {plugin.name!r}, {split} split: {error}{where}") from error
+    if data is None and split is not Split.TRAIN:
+        return None
     if not isinstance(data, Dataset):
         raise PluginError(
             f"{plugin} must give an mtl.ArrayDataset or mtl.ImageFiles for the {split} split; found "
@@ -317,7 +322,7 @@ def _check(
         valid[task.name] = None if seen.all() else seen.to(device)
         labelled[task.name] = int(seen.sum())
         shares[task.name] = labelled[task.name] / seen.numel()
-    return Samples(name, data.placed(device, decoders), targets, valid, labelled, shares, data.classes)
+    return Samples(name, data.placed(device, decoders), targets, valid, labelled, shares, data.classes, data.set_aside)
 
 
 def named(task: Task, classes: Mapping[str, tuple[str, ...]]) -> Head:

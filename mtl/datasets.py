@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl.errors import DataError, unknown
+from mtl.tables import SetAside
 
 if TYPE_CHECKING:
     from mtl.decoding import Decoders
@@ -35,6 +36,7 @@ class Dataset(ABC):
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task.
         groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
             held out in whole groups. None: each sample by itself.
+        set_aside: what of the data is not used, and why; counted at the start of a run.
 
     Raises:
         DataError: shapes or lengths that do not fit together.
@@ -49,7 +51,9 @@ class Dataset(ABC):
         valid: Mapping[str, Any] | None,
         classes: Mapping[str, Sequence[str]] | None = None,
         groups: Any | None = None,
+        set_aside: SetAside | None = None,
     ) -> None:
+        self.set_aside = set_aside or SetAside()
         if not isinstance(labels, Mapping):
             raise DataError(f"labels must map target names to arrays, as in {{'digit': y}}; found {type(labels).__name__}")
         self.labels = {name: as_tensor(value, f"labels[{name!r}]") for name, value in labels.items()}

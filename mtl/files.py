@@ -20,6 +20,7 @@ from torch import Tensor
 from mtl.datasets import Dataset
 from mtl.errors import DataError
 from mtl.images import LARGEST, read_image
+from mtl.tables import SetAside
 
 if TYPE_CHECKING:  # who decodes is handed in
     from mtl.decoding import Decoders
@@ -173,6 +174,7 @@ class ImageFiles(Dataset):
             held out in whole groups. None: each sample by itself.
         size: (height, width) in pixels that every image is resized to; the aspect ratio is not kept.
         channels: 1 for grey, 3 for red, green and blue; images of another kind are converted.
+        set_aside: what of the data is not used, and why; counted at the start of a run.
 
     The images are uint8 (channels, *size), resized and turned upright as `mtl predict` does. Of up to 10,000 files, evenly
     spaced, it is asked at once whether they exist; a file that cannot be read is reported when its turn comes.
@@ -193,6 +195,7 @@ class ImageFiles(Dataset):
         *,
         size: tuple[int, int],
         channels: int = 3,
+        set_aside: SetAside | None = None,
     ) -> None:
         if channels not in (1, 3):
             raise DataError(f"channels must be 1 (grey) or 3 (red, green, blue); found {channels!r}")
@@ -207,7 +210,7 @@ class ImageFiles(Dataset):
         self.images = FileImages(Paths(paths), channels, (height, width))
         if not len(self.images):
             raise DataError("there are no paths; were the files looked for in the right folder?")
-        super().__init__(len(self.images), labels, valid, classes, groups)
+        super().__init__(len(self.images), labels, valid, classes, groups, set_aside)
         _look_for(self.images.paths)
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 OUTSIDE = "leads out of the folder"
 
 
-def usable(root: Path, names: Iterable[bytes]) -> tuple[NDArray[np.bool_], Iterator[tuple[int, str]]]:
+def usable_files(root: Path, names: Iterable[bytes]) -> tuple[NDArray[np.bool_], Iterator[tuple[int, str]]]:
     """Which of these files are regular files under `root`, and why the others are not used.
 
     Each folder is listed once, so a million files take seconds. A symbolic link counts where what it leads to is under `root`

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ class Column(ABC):
         """Add a value as `parse` gave it."""
 
 
-class Numbers(Column):
+class NumberColumn(Column):
     """Finite numbers; `values` is float64 (N,), NaN where there is none."""
 
     def __init__(self, required: bool = False) -> None:
@@ -104,7 +104,7 @@ class Numbers(Column):
         return np.frombuffer(self._values, np.float64) if self._values else np.empty(0)
 
 
-class Classes(Column):
+class ClassColumn(Column):
     """One of several names; `codes` is int32 (N,), the position of a row's name in `names`, -1 where there is none.
 
     Args:
@@ -150,7 +150,7 @@ class Classes(Column):
         return renumber[found]
 
 
-class Texts(Column):
+class TextColumn(Column):
     """Any text that is not empty; `encoded` is all of it as UTF-8 (surrogates as the bytes that they stand for), `ends` int64
     (N,) where in it each one ends.
     """
@@ -186,7 +186,7 @@ class Texts(Column):
 
 def read_table(
     path: str | Path,
-    columns: Mapping[str, Column],
+    columns: Iterable[tuple[str, Column]],
     set_aside: SetAside,
     *,
     delimiter: str = ",",
@@ -197,7 +197,7 @@ def read_table(
 
     Args:
         path: of the file, with a header or without (`names`).
-        columns: name in the file -> what takes its texts.
+        columns: name in the file, and what takes its texts; a name may come several times.
         set_aside: told of every row and every value that is not used, with file and line.
         delimiter: one character.
         encoding: of the file; a byte order mark is no part of the first name.
@@ -219,7 +219,7 @@ def read_table(
             raise DataError(f"table {str(path)!r} is empty") from None
         headless = names is not None and (not first or first[0].lower() != names[0].lower())
         header = list(names or ())[: len(first)] if headless else first
-        wanted = [(_place(path, name, header, delimiter), name, column) for name, column in columns.items()]
+        wanted = [(_place(path, name, header, delimiter), name, column) for name, column in columns]
         if headless:
             _take(path, 1, first, len(header), wanted, set_aside, lines)
         for number, row in rows:
@@ -254,7 +254,7 @@ def _take(
                 raise ValueError(f"has {len(text):,} characters")
             if "\0" in text:
                 raise ValueError("holds a zero byte")
-            if not text.isascii() and not isinstance(column, Texts):
+            if not text.isascii() and not isinstance(column, TextColumn):
                 _check_unicode(text)
             value = column.parse(text)
         except ValueError as error:
@@ -310,6 +310,18 @@ def _place(path: Path, name: str, header: Sequence[str] | str, delimiter: str) -
     other = next((sign for sign in ";\t|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
     hint = f"; the fields look parted by {other!r}: give delimiter" if other else ""
     raise DataError(f"{path}:1: {unknown('column', name, header)}{hint}")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table that a spreadsheet may open: no cell is taken for a formula."""
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"'{cell}" if cell.startswith(FORMULA) else cell for cell in row] for row in rows)
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the beginning of one."""
 
 
 def _check_unicode(text: str) -> None:

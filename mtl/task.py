@@ -23,7 +23,7 @@ class Task:
 
     Args:
         dataset: the registered name of the dataset.
-        target: which of the dataset's labels this task predicts.
+        target: which of the dataset's labels this task predicts; empty: the one of the task's name.
         head: what it predicts and how; see `mtl.heads`.
         loss: (output, target) -> one unreduced loss per label; None: the head's own. Output and target are as the head has
             them: of `Regression` both are in the target's own unit, so divide by a scale if the task is summed with others.
@@ -94,4 +94,4 @@ def make_task(name: str, options: Options | None = None, weight: float | None = 
         raise PluginError(f"{plugin}: {error}") from error
     if not isinstance(task, Task):
         raise PluginError(f"{plugin} must give an mtl.Task; found {type(task).__name__}")
-    return replace(task, name=name, weight=task.weight if weight is None else weight)
+    return replace(task, name=name, target=task.target or name, weight=task.weight if weight is None else weight)

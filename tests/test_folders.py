@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl.folders import usable
+from mtl.folders import usable_files
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
     "name", ["1.jpg", "a/2.jpg", "a//2.jpg", "./a/./2.jpg", "a/deep/3.jpg", "inward.jpg", "in/2.jpg", "a/caf\udce9.jpg"]
 )
 def test_what_is_there_is_used(name: str, root: Path) -> None:
-    mask, refused = usable(root, [os.fsencode(name), os.fsencode(root / name)])
+    mask, refused = usable_files(root, [os.fsencode(name), os.fsencode(root / name)])
     assert (mask.tolist(), list(refused)) == ([True, True], [])
 
 
@@ -74,7 +74,7 @@ def test_what_is_there_is_used(name: str, root: Path) -> None:
     ],
 )
 def test_what_is_not_is_not_and_why(name: str, why: str, root: Path) -> None:
-    mask, refused = usable(root, [b"1.jpg", os.fsencode(name)])
+    mask, refused = usable_files(root, [b"1.jpg", os.fsencode(name)])
     assert mask.tolist() == [True, False]
     [(position, said)] = refused
     assert position == 1
@@ -82,12 +82,16 @@ def test_what_is_not_is_not_and_why(name: str, why: str, root: Path) -> None:
 
 
 def test_a_root_that_begins_like_another_is_another(root: Path) -> None:
-    assert usable(root, [os.fsencode(root.parent / "root2" / "5.jpg")])[0].tolist() == [False]
+    assert usable_files(root, [os.fsencode(root.parent / "root2" / "5.jpg")])[0].tolist() == [False]
 
 
 def test_a_root_that_is_a_link_itself(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    assert usable(tmp_path / "link", [b"a/2.jpg", os.fsencode(root / "1.jpg"), b"out/4.jpg"])[0].tolist() == [True, True, False]
+    assert usable_files(tmp_path / "link", [b"a/2.jpg", os.fsencode(root / "1.jpg"), b"out/4.jpg"])[0].tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 @given(st.lists(st.sampled_from(["..", "a", "deep", "out", "in", "1.jpg", "2.jpg", "4.jpg", "", ".", "/", "\\"]), max_size=6))
@@ -100,7 +104,7 @@ def test_whatever_is_used_is_under_the_root(tmp_path_factory: pytest.TempPathFac
             (base / name).write_bytes(b"x")
         (base / "root" / "out").symlink_to(base)
         (base / "root" / "in").symlink_to(base / "root" / "a")
-    mask, _ = usable(base / "root", [os.fsencode("/".join(parts))])
+    mask, _ = usable_files(base / "root", [os.fsencode("/".join(parts))])
     if mask[0]:
         target = (base / "root" / "/".join(parts)).resolve()
         assert target.is_file()
@@ -118,7 +122,7 @@ def test_nothing_is_opened(root: Path) -> None:
 
     sys.addaudithook(hook)
     names = ["1.jpg", "../secret.jpg", "out/4.jpg", "outward.jpg", "/etc/passwd", "a/2.jpg", "in/2.jpg"]
-    usable(root, map(os.fsencode, names))
+    usable_files(root, map(os.fsencode, names))
     watching = False
     real = root.resolve()
     assert opened

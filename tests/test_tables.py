@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtl
-from mtl.tables import Classes, Numbers, SetAside, Texts, read_table
+from mtl.tables import ClassColumn, NumberColumn, SetAside, TextColumn, read_table
 
 
 def read(text: str | bytes, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], SetAside, list[int]]:
     """The columns path, kind and age of a table, what was set aside, and the lines of the rows that are used."""
     file = tmp_path / "t.csv"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    path, kind, age, set_aside = Texts(), Classes(), Numbers(), SetAside()
-    lines = read_table(file, {"path": path, "kind": kind, "age": age}, set_aside, **options)
+    path, kind, age, set_aside = TextColumn(), ClassColumn(), NumberColumn(), SetAside()
+    lines = read_table(file, [("path", path), ("kind", kind), ("age", age)], set_aside, **options)
     kinds = [kind.names[code] if code >= 0 else None for code in kind.codes]
     ages = [None if np.isnan(value) else float(value) for value in age.values]
     return {"path": [one.decode("utf-8", "surrogateescape") for one in path], "kind": kinds, "age": ages}, set_aside, [*lines]
@@ -129,17 +129,17 @@ def test_a_table_that_cannot_be_read_says_where(text: str, message: str, tmp_pat
 
 def test_a_file_that_is_not_there_and_an_encoding_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(mtl.DataError, match=r"cannot read table '.*none.csv': No such file"):
-        read_table(tmp_path / "none.csv", {}, SetAside())
+        read_table(tmp_path / "none.csv", [], SetAside())
     with pytest.raises(mtl.DataError, match="unknown encoding: klingon"):
         read(GOOD, tmp_path, encoding="klingon")
 
 
 def test_classes_are_sorted_numbers_by_value_or_in_the_order_given() -> None:
-    found = Classes()
+    found = ClassColumn()
     for text in ("10", "9", "-1", "9"):
         found.append(found.parse(text))
     assert (found.names, found.codes.tolist()) == (("-1", "9", "10"), [2, 1, 0, 1])
-    fixed = Classes(["young", "old"])
+    fixed = ClassColumn(["young", "old"])
     fixed.append(fixed.parse("old"))
     fixed.append(None)
     assert (fixed.names, fixed.codes.tolist()) == (("young", "old"), [1, -1])
@@ -157,8 +157,8 @@ def test_whatever_is_written_is_read_or_set_aside(
     file = tmp_path_factory.mktemp("tables") / "t.csv"
     with open(file, "w", newline="", encoding="utf-8", errors="surrogatepass") as stream:
         csv.writer(stream).writerows([("path", "kind", "age"), ("sure", "", ""), *rows])
-    path, kind, age, set_aside = Texts(), Classes(), Numbers(), SetAside()
-    lines = read_table(file, {"path": path, "kind": kind, "age": age}, set_aside)
+    path, kind, age, set_aside = TextColumn(), ClassColumn(), NumberColumn(), SetAside()
+    lines = read_table(file, [("path", path), ("kind", kind), ("age", age)], set_aside)
     assert len(lines) == len(list(path)) == len(kind.codes) == len(age.values)
     lost = sum(count for why, count in set_aside.counts.items() if why.startswith("rows"))
     assert len(lines) + lost == 1 + len(rows)

@@ -1,0 +1,197 @@
+"""Image files with a table of labels: `csv_images`, and a task for each of its columns, so that own data need no Python.
+
+    tasks:
+      - {name: breed, task: column_class}
+      - {name: weight, task: column_number, unit: kg}
+    data:
+      datasets:
+        csv_images: {file: pets.csv, images: path, size: [64, 64], classes: {breed: null}, numbers: [weight], group: owner}
+
+A row whose file is missing, or leads out of its folder, is set aside, and a value that is none of its kind is a missing label;
+both are counted and listed with file and line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+import mtl
+
+SPLITS = {"train": 0, "val": 1, "test": 2, "valid": 1, "validation": 1}
+"""What a split column may say."""
+Side = Annotated[int, Field(ge=1)]
+
+
+class CsvImagesOptions(mtl.Options):
+    """Where the table is, and what its columns are."""
+
+    file: Path
+    """The table, under the data root: CSV with a header."""
+    images: str = "path"
+    """Column with the names of the image files."""
+    folder: Path = Path()
+    """Under the data root, what these names are relative to; no file outside it is opened. Default: the root."""
+    size: tuple[Side, Side]
+    """(Height, width) in pixels that every image is resized to."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for red, green and blue."""
+    classes: dict[str, tuple[str, ...] | None] = Field(default_factory=dict)
+    """Columns that hold one of several names: {column: names in their order}, null for those found, sorted."""
+    numbers: tuple[str, ...] = ()
+    """Columns that hold numbers."""
+    split: str | None = None
+    """Column that says train, val or test; null: as `test` says."""
+    test: float = Field(0.2, gt=0, lt=1)
+    """Share for testing where no column says so, by a hash of the name (of the group, where there are groups): what is added to
+    the table moves nothing."""
+    group: str | None = None
+    """Column of what belongs together, such as a person: never parted between training, validation and testing."""
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    """Between fields."""
+    encoding: str = "utf-8"
+    """Of the table."""
+    bad: float = Field(0.01, ge=0, le=1)
+    """Share of the rows that may be set aside; more is an error."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is used of a table, row by row: `names` relative to `folder`, and where each row goes (0 to 2)."""
+
+    folder: Path
+    names: list[bytes]
+    split: NDArray[np.int8]
+    classes: dict[str, mtl.ClassColumn]
+    numbers: dict[str, mtl.NumberColumn]
+    groups: NDArray[np.int32] | None
+    kept: NDArray[np.bool_]
+    set_aside: mtl.SetAside
+
+
+@mtl.register_dataset("csv_images", options=CsvImagesOptions, splits=("train", "val", "test"))
+def csv_images(split: mtl.Split, root: Path, options: CsvImagesOptions) -> mtl.ImageFiles | None:
+    """The rows of one split; None where a table has none for validation or testing.
+
+    Targets: each column of `classes` (its names are the dataset's) and of `numbers`, missing where a row has no usable value.
+    """
+    file = root / options.file
+    table = _read(root, options.model_dump_json(), file.stat().st_mtime_ns if file.exists() else 0)
+    chosen = table.kept & (table.split == SPLITS[split])
+    if not chosen.any() and split is not mtl.Split.TRAIN:
+        return None
+    rows = np.flatnonzero(chosen)
+    labels: dict[str, Any] = {}
+    valid: dict[str, Any] = {}
+    for name, column in table.classes.items():
+        codes = column.codes[rows]
+        labels[name], valid[name] = np.maximum(codes, 0), codes >= 0
+    for name, numbers in table.numbers.items():
+        values = numbers.values[rows]
+        labels[name], valid[name] = np.nan_to_num(values).astype(np.float32), np.isfinite(values)
+    return mtl.ImageFiles(
+        [os.path.join(table.folder, os.fsdecode(table.names[row])) for row in rows],
+        labels,
+        {name: mask for name, mask in valid.items() if not mask.all()},
+        {name: column.names for name, column in table.classes.items()},
+        None if table.groups is None else table.groups[rows],
+        size=options.size,
+        channels=options.channels,
+        set_aside=table.set_aside,
+    )
+
+
+@lru_cache(maxsize=2)
+def _read(root: Path, options_json: str, _: int) -> Table:
+    """The table, read once for all splits and anew when its file has changed."""
+    options = CsvImagesOptions.model_validate_json(options_json)
+    file, folder, set_aside = root / options.file, root / options.folder, mtl.SetAside()
+    images = mtl.TextColumn()
+    classes = {name: mtl.ClassColumn(names) for name, names in options.classes.items()}
+    numbers = {name: mtl.NumberColumn() for name in options.numbers}
+    split = mtl.ClassColumn(tuple(SPLITS), required=True)
+    group = mtl.ClassColumn(required=True)
+    columns: list[tuple[str, mtl.Column]] = [(options.images, images), *classes.items(), *numbers.items()]
+    columns += [(options.split, split)] if options.split is not None else []
+    columns += [(options.group, group)] if options.group is not None else []
+    lines = mtl.read_table(file, columns, set_aside, delimiter=options.delimiter, encoding=options.encoding)
+    names = list(images)
+    kept, refused = mtl.usable_files(folder, names)
+    for row, why in refused:
+        set_aside.add(f"{file}:{lines[row]}", f"{options.images} {os.fsdecode(names[row])!a} {why}", f"files: {why}")
+    lost = sum(count for why, count in set_aside.counts.items() if not why.startswith("values of"))
+    total = len(names) + sum(count for why, count in set_aside.counts.items() if why.startswith("rows"))
+    if lost > options.bad * total or not kept.any():
+        first = "; ".join(f"{where}: {why}" for where, why in set_aside.listed[:3])
+        raise mtl.DataError(
+            f"{lost:,} of {total:,} rows of {str(file)!r} cannot be used ({set_aside.summary()}), more than bad={options.bad} "
+            f"allows; the first: {first}"
+        )
+    groups = group.codes if options.group is not None else None
+    if options.split is not None:
+        where = np.array(list(SPLITS.values()), np.int8)[split.codes]
+    elif groups is not None:
+        where = _hashed([name.encode() for name in group.names], options.test)[groups]
+    else:
+        where = _hashed(names, options.test)
+    return Table(folder, names, where, classes, numbers, groups, kept, set_aside)
+
+
+def _hashed(names: Iterable[bytes], share: float) -> NDArray[np.int8]:
+    """2 (test) for a share of these names, else 0: of each name by itself."""
+    limit = int(share * 2**64)
+    return np.array([2 * (_hash(name) < limit) for name in names], np.int8)
+
+
+def _hash(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+class ColumnOptions(mtl.Options):
+    """Which column of which table."""
+
+    dataset: str = "csv_images"
+    """The dataset, if it has a name of your own."""
+    target: str = ""
+    """The column; empty: that of the task's name."""
+
+
+class ColumnClassOptions(mtl.ClassificationOptions, ColumnOptions):
+    """A classification task of a column."""
+
+
+@mtl.register_task("column_class", options=ColumnClassOptions)
+def column_class(options: ColumnClassOptions) -> mtl.Task:
+    """Which of the names in a column of `classes`."""
+    how = options.model_dump(exclude={"dataset", "target"})
+    return mtl.Task(options.dataset, options.target, mtl.FromClasses(mtl.Classification, **how))
+
+
+@mtl.register_task("column_ordered", options=ColumnOptions)
+def column_ordered(options: ColumnOptions) -> mtl.Task:
+    """Which of the names in a column of `classes`, which are in an order: give it, {column: [low, middle, high]}."""
+    return mtl.Task(options.dataset, options.target, mtl.FromClasses(mtl.Ordinal))
+
+
+class ColumnNumberOptions(ColumnOptions):
+    """A regression task of a column."""
+
+    unit: str = ""
+    """Of the numbers, as in "kg"."""
+    error: Literal["squared", "absolute", "huber"] = "squared"
+    """See `mtl.Regression`."""
+
+
+@mtl.register_task("column_number", options=ColumnNumberOptions)
+def column_number(options: ColumnNumberOptions) -> mtl.Task:
+    """The number in a column of `numbers`."""
+    return mtl.Task(options.dataset, options.target, mtl.Regression(options.unit, error=options.error))

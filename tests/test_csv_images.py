@@ -1,0 +1,177 @@
+"""A table of image files as a dataset, its columns as tasks, by config alone."""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import mtl
+from mtl.build import load_data, make_tasks
+from mtl.config import RunConfig
+from mtl.data import Samples, Split
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200)}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Sixty pictures in folders of their owners, and `pets.csv` with colour, weight and owner."""
+    rng, root = random.Random(0), tmp_path / "root"
+    rows = []
+    for i in range(60):
+        colour, weight, owner = rng.choice(list(COLOURS)), rng.uniform(1, 9), f"o{i % 12}"
+        file = root / owner / f"{i}.{'png' if i % 2 else 'jpg'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12 + i % 3, 10), tuple(int(c * weight / 9) for c in COLOURS[colour])).save(file)
+        rows.append([f"{owner}/{file.name}", colour, f"{weight:.2f}", owner])
+    with open(root / "pets.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([["path", "colour", "weight", "owner"], *rows])
+    return root
+
+
+def config(root: Path, tasks: Any = ("colour",), **options: Any) -> RunConfig:
+    kinds = {"colour": "column_class", "weight": "column_number"}
+    given = {"file": "pets.csv", "size": [8, 8], "classes": {"colour": None}, "numbers": ["weight"], **options}
+    return RunConfig(
+        tasks=[{"name": name, "task": kinds[name]} for name in tasks],
+        backbone={"name": "mlp", "widths": [8]},
+        data={"root": root, "validation": 0.2, "datasets": {"csv_images": given}, "workers": 0},
+        epochs=2,
+        batch_size=8,
+        device="cpu",
+        precision="fp32",
+    )
+
+
+def load(config: RunConfig) -> dict[Split, Samples]:
+    return {split: parts["csv_images"] for split, parts in load_data(config, make_tasks(config)).items() if parts}
+
+
+def added(root: Path, *rows: str) -> None:
+    with open(root / "pets.csv", "a") as stream:
+        stream.writelines(f"{row}\n" for row in rows)
+
+
+def test_a_table_is_trained_on_by_config_alone(root: Path, in_tmp: Path) -> None:
+    added(root, "o1/none.jpg,red,3,o1")
+    result = mtl.train(config(root, ("colour", "weight"), group="owner", bad=0.1), "run")
+    assert set(result.test) == {"colour", "weight", "score"}
+    with open("run/set_aside.csv", newline="") as stream:
+        [row] = list(csv.DictReader(stream))
+    assert row == {"dataset": "csv_images", "where": f"{root / 'pets.csv'}:62", "why": "path 'o1/none.jpg' is not there"}
+    model = mtl.load_model("run").model
+    assert model.tasks[0].head.class_names() == ("blue", "green", "red")
+    assert mtl.evaluate_run("run", "test")["colour"] == result.test["colour"]
+
+
+def test_the_readmes_config_is_one(root: Path, in_tmp: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(tasks:\n  - \{name: breed.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (root / "pets.csv").write_text((root / "pets.csv").read_text().replace("colour", "breed", 1))
+    Path("pets.yaml").write_text(text)
+    result = mtl.train(mtl.load_config("pets.yaml", [f"data.root={root}", "epochs=1", "device=cpu", "data.workers=0"]), "run")
+    assert set(result.test) == {"breed", "weight", "score"}
+
+
+def test_groups_are_never_parted(root: Path) -> None:
+    whole = RunConfig(
+        **{
+            **config(root).model_dump(mode="json"),
+            "tasks": [{"name": "owner", "task": "column_class"}],
+            "data": {**config(root, group="owner", classes={"owner": None}).data.model_dump(mode="json")},
+        }
+    )
+    seen = [set(part.targets["owner"].tolist()) for part in load(whole).values()]
+    assert len(seen) == 3
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 12
+
+
+def test_without_groups_the_share_for_testing_is_by_name_and_stays(root: Path) -> None:
+    before = {split: sorted(part.images.paths.encoded()) for split, part in load(config(root)).items()}
+    assert 0.05 < len(before[Split.TEST]) / 60 < 0.4
+    (root / "o0" / "more.png").write_bytes((root / "o1" / "1.png").read_bytes())
+    added(root, "o0/more.png,red,2,o0")
+    after = {split: sorted(part.images.paths.encoded()) for split, part in load(config(root)).items()}
+    assert set(before[Split.TEST]) <= set(after[Split.TEST])
+    assert len(after[Split.TEST]) - len(before[Split.TEST]) <= 1
+
+
+def test_a_column_may_say_which_split(root: Path) -> None:
+    lines = (root / "pets.csv").read_text().splitlines()
+    words = ["train", "train", "valid", "test"]
+    (root / "pets.csv").write_text(
+        "\n".join([lines[0] + ",part", *(f"{line},{words[i % 4]}" for i, line in enumerate(lines[1:]))]) + "\n"
+    )
+    assert {split: len(part) for split, part in load(config(root, split="part")).items()} == {
+        "train": 30,
+        "val": 15,
+        "test": 15,
+    }
+    text = (root / "pets.csv").read_text()
+    (root / "pets.csv").write_text(text.replace(",valid", ",train"))
+    assert {split: len(part) for split, part in load(config(root, split="part")).items()} == {"train": 36, "val": 9, "test": 15}
+    (root / "pets.csv").write_text(text.replace(",valid", ",train").replace(",test", ",train"))
+    assert {split: len(part) for split, part in load(config(root, split="part")).items()} == {"train": 48, "val": 12}
+
+
+def test_missing_values_are_missing_labels(root: Path) -> None:
+    text = (root / "pets.csv").read_text().splitlines()
+    text[5] = ",".join([text[5].split(",")[0], "unknown", "heavy", "o1"])
+    (root / "pets.csv").write_text("\n".join(text) + "\n")
+    parts = load(config(root, ("colour", "weight")))
+    assert sum(part.labelled["colour"] for part in parts.values()) == 59
+    assert sum(part.labelled["weight"] for part in parts.values()) == 59
+    assert parts[Split.TRAIN].set_aside.summary() == "1 values of weight that cannot be used"
+
+
+def test_too_many_bad_rows_stop_the_run(root: Path) -> None:
+    added(root, "../secret.jpg,red,3,o1", "/etc/passwd,red,3,o1", ",red,3,o1", "o1,red,3,o1")
+    with pytest.raises(mtl.DataError, match=r"4 of 64 rows of '.*pets.csv' cannot be used .*pets.csv:64: path '' is missing"):
+        load(config(root))
+    assert load(config(root, bad=0.1))[Split.TRAIN].set_aside.total == 4
+
+
+def test_the_order_of_classes_may_be_given(root: Path) -> None:
+    given = config(root, classes={"colour": ["red", "green", "blue"]})
+    assert load(given)[Split.TRAIN].classes == {"colour": ("red", "green", "blue")}
+    few = load(config(root, classes={"colour": ["red", "green"]}))[Split.TRAIN]
+    assert few.set_aside.counts["values of colour that cannot be used"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"file": "none.csv"}, "cannot read table .*none.csv"),
+        ({"images": "file"}, "unknown column 'file'"),
+        ({"numbers": ["wieght"]}, "unknown column 'wieght'.*did you mean 'weight'"),
+        ({"split": "owner"}, "no rows that can be used; set aside: 60 rows without a usable owner"),
+        ({"folder": "nowhere"}, "cannot be used .*is not there"),
+    ],
+)
+def test_mistakes_in_the_options(options: dict[str, Any], message: str, root: Path) -> None:
+    with pytest.raises(mtl.DataError, match=message):
+        load(config(root, **options))
+
+
+def test_a_task_of_a_column_that_is_not_named(root: Path) -> None:
+    with pytest.raises(mtl.DataError, match="wants unknown target 'weight'; known: colour"):
+        load(config(root, ("colour", "weight"), numbers=[]))
+
+
+def test_two_tables_in_one_run(root: Path, in_tmp: Path) -> None:
+    tree = config(root).model_dump(mode="json")
+    tree["tasks"] = [
+        {"name": "colour", "task": "column_class"},
+        {"name": "heavy", "task": "column_number", "dataset": "others", "target": "weight", "unit": "kg"},
+    ]
+    tree["data"]["datasets"]["others"] = {**tree["data"]["datasets"]["csv_images"], "dataset": "csv_images", "test": 0.3}
+    result = mtl.train(RunConfig(**tree), "run")
+    assert "rmse_kg" in result.test["heavy"]
+    assert torch.isfinite(torch.tensor(result.test["colour"]["accuracy"]))
