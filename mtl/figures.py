@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -91,11 +91,7 @@ def scores(
     panels = [*tasks, "mean"]
 
     def draw(figure: Figure) -> None:
-        rows = -(-len(panels) // 3)
-        axes = figure.subplots(rows, min(3, len(panels)), sharey=True, squeeze=False)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, panel in zip(axes.flat, panels, strict=False):
+        for axis, panel in _panels(figure, panels, arms):
             for row, arm in enumerate(arms):
                 said = findings["arms"][arm]
                 value = said["mean"] if panel == "mean" else said["tasks"][panel][tasks[panel]["score"]]
@@ -103,14 +99,23 @@ def scores(
                 axis.plot(seeds, [row + 0.22] * len(seeds), ".", color=look.colour(arm), alpha=0.45, markersize=4)
                 _interval(axis, value, row, look, arm)
             axis.set_title("mean of tasks" if panel == "mean" else wrapped(f"{panel}: {tasks[panel]['score']}", 36))
-            axis.set_yticks(range(len(arms)), [wrapped(arm, 24) for arm in arms])
-            axis.set_ylim(len(arms) - 0.5, -0.5)
-            axis.grid(axis="x", color="#e5e5e5")
-            axis.set_axisbelow(True)
-            axis.locator_params(axis="x", nbins=5)
 
     height = 0.6 + (0.5 + 0.34 * len(arms)) * -(-len(panels) // 3)
     return drawn(height, "Test scores of every arm, per task and on average, with 95 % intervals over seeds", draw)
+
+
+def _panels(figure: Figure, panels: Sequence[str], arms: Sequence[str]) -> Iterator[tuple[Axes, str]]:
+    """A panel each, three in a row, in which every arm has a row."""
+    axes = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        yield axis, panel
+        axis.set_yticks(range(len(arms)), [wrapped(arm, 24) for arm in arms])
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.grid(axis="x", color="#e5e5e5")
+        axis.set_axisbelow(True)
+        axis.locator_params(axis="x", nbins=5)
 
 
 COLUMNS, LISTED = 4, 42
@@ -145,22 +150,13 @@ def differences(findings: Mapping[str, Any], tasks: Mapping[str, Any], key: str,
     panels = [*tasks, "mean"]
 
     def draw(figure: Figure) -> None:
-        rows = -(-len(panels) // 3)
-        axes = figure.subplots(rows, min(3, len(panels)), sharey=True, squeeze=False)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, panel in zip(axes.flat, panels, strict=False):
+        for axis, panel in _panels(figure, panels, arms):
             axis.axvline(0, color="black", linewidth=0.8)
             for row, arm in enumerate(arms):
                 d = findings["arms"][arm][key][panel]
                 hundred = {name: None if d[name] is None else 100 * d[name] for name in ("mean", "low", "high")}
                 _interval(axis, hundred, row, look, arm)
             axis.set_title("mean of tasks" if panel == "mean" else wrapped(panel, 36))
-            axis.set_yticks(range(len(arms)), [wrapped(arm, 24) for arm in arms])
-            axis.set_ylim(len(arms) - 0.5, -0.5)
-            axis.grid(axis="x", color="#e5e5e5")
-            axis.set_axisbelow(True)
-            axis.locator_params(axis="x", nbins=5)
         figure.supxlabel(title, fontsize=9)
 
     height = 0.9 + (0.5 + 0.32 * len(arms)) * -(-len(panels) // 3)
