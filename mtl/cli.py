@@ -131,6 +131,7 @@ def compare(
         load_plugins(plugin)
         from mtl import comparison
         from mtl.arms import default_arms, listed
+        from mtl.comparison_dir import default_directory
         from mtl.config import load
         from mtl.progress import for_terminal
 
@@ -140,7 +141,7 @@ def compare(
         else:
             wanted = [name for name in arms.split(",") if name] if arms is not None else [*default_arms(loaded)]
         wanted += arm or []
-        directory = out if out is not None else comparison.default_directory(loaded, Path(config).stem)
+        directory = out if out is not None else default_directory(loaded, Path(config).stem)
         count = chosen[0] if "," not in seeds else chosen
         if dry_run:
             show(comparison.plan(loaded, wanted, count, shares, directory), as_json)

@@ -10,48 +10,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mtl import report
-from mtl.analysis import Analyst, curves
-from mtl.arms import SINGLE_TASK, Arm, Piece, Setting, arms_of, default_arms
+from mtl.arms import SINGLE_TASK, Arm, Piece, arms_of, default_arms
 from mtl.auto import resolved
-from mtl.build import parameters_and_flops, survey
-from mtl.config import InitFrom, RunConfig, from_tree
-from mtl.data import Split
-from mtl.errors import ConfigError, MTLError, RunError, unknown
-from mtl.findings import mean_score, task_score, tell
+from mtl.collecting import Cell, Facts, collect
+from mtl.comparison_dir import NOTE, begun, default_directory, locked
+from mtl.config import InitFrom, RunConfig
+from mtl.errors import ConfigError, RunError, unknown
+from mtl.findings import mean_score, task_score
 from mtl.jobs import Job, Tally, finished, train_all
-from mtl.metrics import relative_of
 from mtl.progress import Progress, Silent
-from mtl.rundir import DISTRIBUTION, environment, write_whole
+from mtl.rundir import write_whole
 from mtl.tracking import log_hparams
-from mtl.warm_start import located
-
-NOTE = "comparison.json"
-"""In a comparison's directory: the config as it was asked for, and as all runs are made from."""
-
-LOCK = ".lock"
-
-FORMAT = 1
-"""Of `results.json`."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """An arm at a share of the data with a seed, and the runs that it consists of."""
-
-    arm: Arm
-    fraction: float
-    seed: int
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -178,16 +153,6 @@ def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[in
     return cells
 
 
-def default_directory(config: RunConfig, stem: str = "") -> Path:
-    """Under `runs/`, named by the config's digest (which tells the weights that towers start from, too) and a `stem`."""
-    return Path("runs") / f"compare-{f'{stem}-' * bool(stem)}{asked(config).digest()}"
-
-
-def asked(config: RunConfig) -> RunConfig:
-    """The config with the digests of the weights that towers start from."""
-    return config.replaced(init_from={task: located(task, start) for task, start in config.init_from.items()})
-
-
 def check_call(config: Any, arms: Any) -> None:
     """Refuse what is no config or no list of arms, and a call from a process that only imports the script it stands in.
 
@@ -233,83 +198,6 @@ def check_plan(seeds: Sequence[int], fractions: Sequence[float], jobs: int) -> N
         raise ConfigError(wrong, source="compare")
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """One process at a time works in a comparison's directory.
-
-    Raises:
-        RunError: another does, or it cannot be written.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise RunError(f"{str(directory)!r} is a file; give a folder")
-    new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process compares in {str(directory)!r}; wait for it, or give another directory") from None
-    except OSError as error:
-        raise RunError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from None
-    try:
-        yield
-    except MTLError:
-        if new and not (directory / "runs").exists():  # nothing was trained
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
-
-
-def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
-    """The config that all runs of a comparison are made from, and what to note of it: of a new one `config` with every `auto`
-    that arms have in common resolved; of one that was begun, what it noted. Where to compute and where data are is as now.
-
-    Raises:
-        ConfigError: the directory holds a comparison of another config; with what differs.
-        RunError: it holds something else.
-    """
-    note, base, config = directory / NOTE, resolved(config), asked(config)
-    if not note.is_file():
-        if others := sorted(one.name for one in directory.iterdir() if one.name != LOCK):
-            raise RunError(
-                f"{str(directory)!r} holds {others[0]!r} and no {NOTE}, so it is not a comparison's; nothing was written; give "
-                "another directory"
-            )
-        return base, json.dumps(
-            {"asked": config.model_dump(mode="json"), "base": base.model_dump(mode="json")}, indent=1
-        ) + "\n"
-    try:
-        text = note.read_text(encoding="utf-8")
-        trees = json.loads(text)
-        then, noted = (from_tree(trees[key], source=str(note)) for key in ("asked", "base"))
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise RunError(f"{str(note)!r} is damaged ({error}); give another directory") from None
-    if then.digest() != config.digest():
-        changes = differing(then.model_dump(mode="json"), config.model_dump(mode="json"))
-        raise ConfigError(
-            [f"{key}: {was!r} there, {now!r} now" for key, (was, now) in changes.items()],
-            source=f"{str(directory)!r} holds a comparison of another config (give another directory)",
-        )
-    data = noted.data.model_copy(update={"root": base.data.root, "workers": base.data.workers})
-    starts = {task: start.model_copy(update={"path": base.init_from[task].path}) for task, start in noted.init_from.items()}
-    return noted.replaced(device=base.device, data=data, init_from=starts), text
-
-
-def differing(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> the two values, where two trees differ.
-
-    >>> differing({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-    {'b.c': (2, 3)}
-    """
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return {} if one == other else {prefix: (one, other)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in [*one, *(key for key in other if key not in one)]:
-        found |= differing(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
-    return found
-
-
 def reference_of(wanted: str | None, arms: Sequence[str]) -> str:
     """The arm that others are compared with.
 
@@ -321,45 +209,6 @@ def reference_of(wanted: str | None, arms: Sequence[str]) -> str:
     if wanted not in arms:
         raise ConfigError([f"reference: {unknown('arm', wanted, arms)}"], source="compare")
     return wanted
-
-
-class Facts:
-    """What has to be known of a comparison's data and networks; found out once.
-
-    Args:
-        base: the config that all arms have in common.
-    """
-
-    def __init__(self, base: RunConfig) -> None:
-        self.base = base
-        self.survey = cache(lambda fraction: survey(base.replaced(data=base.data.model_copy(update={"fraction": fraction}))))
-        self._costs: dict[str, tuple[int, int]] = {}
-        about = self.survey(base.data.fraction)
-        self.tasks, self.shape = about.tasks, about.shape
-        self.setting = Setting(
-            base=base,
-            points=about.points,
-            datasets={task.name: task.dataset for task in about.tasks},
-            epoch_steps=self._epoch_steps,
-            parameters=lambda config: self.cost(config)[0],
-        )
-
-    def _epoch_steps(self, task: str, fraction: float) -> int | None:
-        about, dataset = self.survey(fraction), self.setting.datasets[task]
-        training = about.samples[Split.TRAIN]
-        if about.labelled[task] == training[dataset] == max(training.values()):
-            return None
-        return about.epoch_steps
-
-    def cost(self, config: RunConfig) -> tuple[int, int]:
-        """Parameters that a config trains, and FLOPs of a forward pass."""
-        data = config.data.model_copy(update={"fraction": 1.0})
-        key = config.replaced(seed=0, data=data).digest()
-        if key not in self._costs:
-            wanted = [task.name for task in config.tasks]
-            tasks = [task for task in self.tasks if task.name in wanted]
-            self._costs[key] = parameters_and_flops(config, tasks, self.shape)
-        return self._costs[key]
 
 
 def train_pieces(
@@ -410,115 +259,3 @@ def placed(piece: Piece, runs: Path) -> RunConfig:
         return piece.config
     starts = {task: InitFrom(path=(runs / source.name).absolute()) for task, source in piece.starts.items()}
     return piece.config.replaced(init_from={**piece.config.init_from, **starts})
-
-
-def collect(
-    cells: Sequence[Cell],
-    facts: Facts,
-    directory: Path,
-    reference: str,
-    failed: Mapping[str, str],
-    progress: Progress,
-) -> dict[str, Any]:
-    """What `results.json` holds."""
-    analyst = Analyst(directory / "analysis", facts.base.device, facts.base.data.root, progress)
-    runs = directory / "runs"
-    rows, lost = [], []
-    for i, cell in enumerate(cells, start=1):
-        why = next((failed[piece.name] for piece in cell.pieces if piece.name in failed), None)
-        where = {"arm": cell.arm.name, "fraction": cell.fraction, "seed": cell.seed}
-        if why is not None:
-            lost.append({**where, "why": why})
-            continue
-        rows.append({**where, **figures_of(cell, facts, runs, analyst)})
-        if progress.due():
-            progress.line(f"read {i} of {len(cells)} results")
-            progress.shown()
-    tasks = {
-        task.name: {
-            "score": task.score_name,
-            "metrics": {metric.name: metric.better for metric in task.all_metrics},
-            "relative": relative_of(task.all_metrics).name,
-            "dataset": task.dataset,
-        }
-        for task in facts.tasks
-    }
-    arms = list({cell.arm.name: cell.arm for cell in cells}.values())
-    fractions = list(dict.fromkeys(cell.fraction for cell in cells))
-    results = {
-        "format": FORMAT,
-        "config": facts.base.model_dump(mode="json"),
-        **circumstances(rows, runs, facts.base),
-        "tasks": tasks,
-        "arms": [{"name": arm.name, "about": arm.about} for arm in arms],
-        "reference": reference,
-        "baseline": SINGLE_TASK if SINGLE_TASK in [arm.name for arm in arms] else None,
-        "fractions": fractions,
-        "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
-        "samples": {f"{fraction:g}": facts.survey(fraction).samples for fraction in fractions},
-        "labelled": {f"{fraction:g}": facts.survey(fraction).labelled for fraction in fractions},
-        "cells": rows,
-        "failed": lost,
-    }
-    return {**results, "findings": tell(results)}
-
-
-def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig) -> dict[str, Any]:
-    """Where and how the runs were trained: `environment` as it is now, `machines`, each kind of place that runs noted with how
-    many there were, and `at_once`, the largest number that trained at a time.
-    """
-    names = sorted({name for row in rows for name in (*row["runs"], *row["starts"])})
-    noted = [json.loads((runs / name / "env.json").read_text(encoding="utf-8")) for name in names]
-    kinds = [
-        {
-            "device": one["device_name"],
-            "threads": one["threads"],
-            "torch": one["versions"]["torch"],
-            "mtl": one["versions"][DISTRIBUTION],
-        }
-        for one in noted
-    ]
-    machines = [{**kind, "runs": kinds.count(kind)} for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-    at_once = max((one.get("at_once", 1) for one in noted), default=1)
-    return {"environment": environment(base), "machines": machines, "at_once": at_once}
-
-
-def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[str, Any]:
-    """A cell's test figures, cost, learning curves, and what its exchange did."""
-    test: dict[str, Any] = {}
-    learned: dict[str, Any] = {}
-    for task in facts.tasks:
-        having = [piece for piece in cell.pieces if task.name in piece.tasks]
-        said = [finished(runs / piece.name) for piece in having]
-        assert all(said)
-        if len(having) == 1:
-            test[task.name] = said[0]["test"][task.name]  # type: ignore[index]
-            learned[task.name] = curves(runs / having[0].name).get(task.name, {}).get(task.score_name, [])
-        else:
-            test[task.name] = analyst.ensemble([runs / piece.name for piece in having])[task.name]
-    exchange = analyst.exchange(runs / cell.pieces[0].name) if len(cell.pieces) == 1 else None
-    return {
-        "runs": [piece.name for piece in cell.pieces],
-        "starts": sorted({source.name for piece in cell.pieces for source in piece.starts.values()}),
-        "steps": {piece.tasks[0]: (finished(runs / piece.name) or {})["steps"] for piece in cell.pieces},
-        "test": test,
-        "curves": learned,
-        "cost": cost_of(cell, facts, runs),
-        "exchange": exchange,
-    }
-
-
-def cost_of(cell: Cell, facts: Facts, runs: Path) -> dict[str, float | None]:
-    """Of all runs that a cell consists of, and of those from which they start; the peak of memory is that of the largest."""
-    sources = {source.name: source for piece in cell.pieces for source in piece.starts.values()}
-    said = {piece.name: finished(runs / piece.name) or {} for piece in cell.pieces}
-    before = [finished(runs / name) or {} for name in sources]
-    networks = [facts.cost(piece.config) for piece in cell.pieces]
-    peaks = [one["peak_memory_bytes"] for one in said.values() if one["peak_memory_bytes"] is not None]
-    return {
-        "parameters": sum(parameters for parameters, _ in networks),
-        "flops_per_image": sum(flops for _, flops in networks),
-        "seconds_per_step": sum(one["training_seconds"] / one["steps"] for one in said.values()),
-        "peak_memory_bytes": max(peaks) if len(peaks) == len(said) else None,
-        "training_seconds": sum(one["training_seconds"] for one in [*said.values(), *before]),
-    }

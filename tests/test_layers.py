@@ -28,7 +28,9 @@ RANK = {
     "report": 3,
     "sections": 2,
     "printing": 4,
-    "comparison": 11,
+    "comparison": 12,
+    "comparison_dir": 9,
+    "collecting": 11,
     "hardware": 0,
     "label_metrics": 0,
     "progress": 0,
@@ -81,8 +83,8 @@ RANK = {
     "build": 9,
     "conformance": 10,
     "prediction": 10,
-    "cli": 12,
-    "__main__": 13,
+    "cli": 13,
+    "__main__": 14,
 }
 """A module imports from lower ranks only; `__init__` is exempt, since its table imports nothing until it is used."""
 

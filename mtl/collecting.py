@@ -1,0 +1,185 @@
+"""What the runs of a comparison came to, as `results.json` holds it: figures, cost, learning curves, exchange."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mtl.analysis import Analyst, curves
+from mtl.arms import SINGLE_TASK, Arm, Piece, Setting
+from mtl.build import parameters_and_flops, survey
+from mtl.config import RunConfig
+from mtl.data import Split
+from mtl.findings import tell
+from mtl.jobs import finished
+from mtl.metrics import relative_of
+from mtl.progress import Progress
+from mtl.rundir import DISTRIBUTION, environment
+
+FORMAT = 1
+"""Of `results.json`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a share of the data with a seed, and the runs that it consists of."""
+
+    arm: Arm
+    fraction: float
+    seed: int
+    pieces: tuple[Piece, ...]
+
+
+class Facts:
+    """What has to be known of a comparison's data and networks; found out once.
+
+    Args:
+        base: the config that all arms have in common.
+    """
+
+    def __init__(self, base: RunConfig) -> None:
+        self.base = base
+        self.survey = cache(lambda fraction: survey(base.replaced(data=base.data.model_copy(update={"fraction": fraction}))))
+        self._costs: dict[str, tuple[int, int]] = {}
+        about = self.survey(base.data.fraction)
+        self.tasks, self.shape = about.tasks, about.shape
+        self.setting = Setting(
+            base=base,
+            points=about.points,
+            datasets={task.name: task.dataset for task in about.tasks},
+            epoch_steps=self._epoch_steps,
+            parameters=lambda config: self.cost(config)[0],
+        )
+
+    def _epoch_steps(self, task: str, fraction: float) -> int | None:
+        about, dataset = self.survey(fraction), self.setting.datasets[task]
+        training = about.samples[Split.TRAIN]
+        if about.labelled[task] == training[dataset] == max(training.values()):
+            return None
+        return about.epoch_steps
+
+    def cost(self, config: RunConfig) -> tuple[int, int]:
+        """Parameters that a config trains, and FLOPs of a forward pass."""
+        data = config.data.model_copy(update={"fraction": 1.0})
+        key = config.replaced(seed=0, data=data).digest()
+        if key not in self._costs:
+            wanted = [task.name for task in config.tasks]
+            tasks = [task for task in self.tasks if task.name in wanted]
+            self._costs[key] = parameters_and_flops(config, tasks, self.shape)
+        return self._costs[key]
+
+
+def collect(
+    cells: Sequence[Cell],
+    facts: Facts,
+    directory: Path,
+    reference: str,
+    failed: Mapping[str, str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What `results.json` holds."""
+    analyst = Analyst(directory / "analysis", facts.base.device, facts.base.data.root, progress)
+    runs = directory / "runs"
+    rows, lost = [], []
+    for i, cell in enumerate(cells, start=1):
+        why = next((failed[piece.name] for piece in cell.pieces if piece.name in failed), None)
+        where = {"arm": cell.arm.name, "fraction": cell.fraction, "seed": cell.seed}
+        if why is not None:
+            lost.append({**where, "why": why})
+            continue
+        rows.append({**where, **figures_of(cell, facts, runs, analyst)})
+        if progress.due():
+            progress.line(f"read {i} of {len(cells)} results")
+            progress.shown()
+    tasks = {
+        task.name: {
+            "score": task.score_name,
+            "metrics": {metric.name: metric.better for metric in task.all_metrics},
+            "relative": relative_of(task.all_metrics).name,
+            "dataset": task.dataset,
+        }
+        for task in facts.tasks
+    }
+    arms = list({cell.arm.name: cell.arm for cell in cells}.values())
+    fractions = list(dict.fromkeys(cell.fraction for cell in cells))
+    results = {
+        "format": FORMAT,
+        "config": facts.base.model_dump(mode="json"),
+        **circumstances(rows, runs, facts.base),
+        "tasks": tasks,
+        "arms": [{"name": arm.name, "about": arm.about} for arm in arms],
+        "reference": reference,
+        "baseline": SINGLE_TASK if SINGLE_TASK in [arm.name for arm in arms] else None,
+        "fractions": fractions,
+        "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
+        "samples": {f"{fraction:g}": facts.survey(fraction).samples for fraction in fractions},
+        "labelled": {f"{fraction:g}": facts.survey(fraction).labelled for fraction in fractions},
+        "cells": rows,
+        "failed": lost,
+    }
+    return {**results, "findings": tell(results)}
+
+
+def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig) -> dict[str, Any]:
+    """Where and how the runs were trained: `environment` as it is now, `machines`, each kind of place that runs noted with how
+    many there were, and `at_once`, the largest number that trained at a time.
+    """
+    names = sorted({name for row in rows for name in (*row["runs"], *row["starts"])})
+    noted = [json.loads((runs / name / "env.json").read_text(encoding="utf-8")) for name in names]
+    kinds = [
+        {
+            "device": one["device_name"],
+            "threads": one["threads"],
+            "torch": one["versions"]["torch"],
+            "mtl": one["versions"][DISTRIBUTION],
+        }
+        for one in noted
+    ]
+    machines = [{**kind, "runs": kinds.count(kind)} for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    at_once = max((one.get("at_once", 1) for one in noted), default=1)
+    return {"environment": environment(base), "machines": machines, "at_once": at_once}
+
+
+def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[str, Any]:
+    """A cell's test figures, cost, learning curves, and what its exchange did."""
+    test: dict[str, Any] = {}
+    learned: dict[str, Any] = {}
+    for task in facts.tasks:
+        having = [piece for piece in cell.pieces if task.name in piece.tasks]
+        said = [finished(runs / piece.name) for piece in having]
+        assert all(said)
+        if len(having) == 1:
+            test[task.name] = said[0]["test"][task.name]  # type: ignore[index]
+            learned[task.name] = curves(runs / having[0].name).get(task.name, {}).get(task.score_name, [])
+        else:
+            test[task.name] = analyst.ensemble([runs / piece.name for piece in having])[task.name]
+    exchange = analyst.exchange(runs / cell.pieces[0].name) if len(cell.pieces) == 1 else None
+    return {
+        "runs": [piece.name for piece in cell.pieces],
+        "starts": sorted({source.name for piece in cell.pieces for source in piece.starts.values()}),
+        "steps": {piece.tasks[0]: (finished(runs / piece.name) or {})["steps"] for piece in cell.pieces},
+        "test": test,
+        "curves": learned,
+        "cost": cost_of(cell, facts, runs),
+        "exchange": exchange,
+    }
+
+
+def cost_of(cell: Cell, facts: Facts, runs: Path) -> dict[str, float | None]:
+    """Of all runs that a cell consists of, and of those from which they start; the peak of memory is that of the largest."""
+    sources = {source.name: source for piece in cell.pieces for source in piece.starts.values()}
+    said = {piece.name: finished(runs / piece.name) or {} for piece in cell.pieces}
+    before = [finished(runs / name) or {} for name in sources]
+    networks = [facts.cost(piece.config) for piece in cell.pieces]
+    peaks = [one["peak_memory_bytes"] for one in said.values() if one["peak_memory_bytes"] is not None]
+    return {
+        "parameters": sum(parameters for parameters, _ in networks),
+        "flops_per_image": sum(flops for _, flops in networks),
+        "seconds_per_step": sum(one["training_seconds"] / one["steps"] for one in said.values()),
+        "peak_memory_bytes": max(peaks) if len(peaks) == len(said) else None,
+        "training_seconds": sum(one["training_seconds"] for one in [*said.values(), *before]),
+    }

@@ -1,0 +1,114 @@
+"""The directory of a comparison: one process at a time, one config, and what is in it is used again.
+
+`comparison.json` holds the config as it was asked for, and with every `auto` resolved, which all arms and seeds, also those
+added later, use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mtl.auto import resolved
+from mtl.config import RunConfig, from_tree
+from mtl.errors import ConfigError, MTLError, RunError
+from mtl.warm_start import located
+
+NOTE = "comparison.json"
+"""In a comparison's directory: the config as it was asked for, and as all runs are made from."""
+
+
+LOCK = ".lock"
+
+
+def default_directory(config: RunConfig, stem: str = "") -> Path:
+    """Under `runs/`, named by the config's digest (which tells the weights that towers start from, too) and a `stem`."""
+    return Path("runs") / f"compare-{f'{stem}-' * bool(stem)}{asked(config).digest()}"
+
+
+def asked(config: RunConfig) -> RunConfig:
+    """The config with the digests of the weights that towers start from."""
+    return config.replaced(init_from={task: located(task, start) for task, start in config.init_from.items()})
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process at a time works in a comparison's directory.
+
+    Raises:
+        RunError: another does, or it cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{str(directory)!r} is a file; give a folder")
+    new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another process compares in {str(directory)!r}; wait for it, or give another directory") from None
+    except OSError as error:
+        raise RunError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from None
+    try:
+        yield
+    except MTLError:
+        if new and not (directory / "runs").exists():  # nothing was trained
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
+    """The config that all runs of a comparison are made from, and what to note of it: of a new one `config` with every `auto`
+    that arms have in common resolved; of one that was begun, what it noted. Where to compute and where data are is as now.
+
+    Raises:
+        ConfigError: the directory holds a comparison of another config; with what differs.
+        RunError: it holds something else.
+    """
+    note, base, config = directory / NOTE, resolved(config), asked(config)
+    if not note.is_file():
+        if others := sorted(one.name for one in directory.iterdir() if one.name != LOCK):
+            raise RunError(
+                f"{str(directory)!r} holds {others[0]!r} and no {NOTE}, so it is not a comparison's; nothing was written; give "
+                "another directory"
+            )
+        return base, json.dumps(
+            {"asked": config.model_dump(mode="json"), "base": base.model_dump(mode="json")}, indent=1
+        ) + "\n"
+    try:
+        text = note.read_text(encoding="utf-8")
+        trees = json.loads(text)
+        then, noted = (from_tree(trees[key], source=str(note)) for key in ("asked", "base"))
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{str(note)!r} is damaged ({error}); give another directory") from None
+    if then.digest() != config.digest():
+        changes = differing(then.model_dump(mode="json"), config.model_dump(mode="json"))
+        raise ConfigError(
+            [f"{key}: {was!r} there, {now!r} now" for key, (was, now) in changes.items()],
+            source=f"{str(directory)!r} holds a comparison of another config (give another directory)",
+        )
+    data = noted.data.model_copy(update={"root": base.data.root, "workers": base.data.workers})
+    starts = {task: start.model_copy(update={"path": base.init_from[task].path}) for task, start in noted.init_from.items()}
+    return noted.replaced(device=base.device, data=data, init_from=starts), text
+
+
+def differing(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> the two values, where two trees differ.
+
+    >>> differing({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    {'b.c': (2, 3)}
+    """
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return {} if one == other else {prefix: (one, other)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*one, *(key for key in other if key not in one)]:
+        found |= differing(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
+    return found
