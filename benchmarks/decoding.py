@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mtl.batches import batch_bounds
 from mtl.decoding import Decoders
-from mtl.files import ImageFiles
+from mtl.files import ImageFiles, Reading
 from mtl.hardware import device_name, usable_cores
 from mtl.images import read_image
 from mtl.seeding import permutation
@@ -119,12 +119,12 @@ class Bare:
 
 def loader(paths: list[Path], size: tuple[int, int], decoders: Decoders) -> Callable[[int], float]:
     """A pass over the files through worker processes; gives images per second."""
-    images = ImageFiles(paths, {}, size=size).placed("cpu", decoders)
+    images = ImageFiles(paths, {}, size=size).placed("cpu", Reading(decoders))
 
     def measure(round_: int) -> float:
         order = permutation(len(images), 0, "decoding", round_)
         started = time.perf_counter()
-        seen = sum(len(batch) for batch in images.batches(batch_bounds(len(images), BATCH), order))
+        seen = sum(len(batch) for batch, _ in images.batches(batch_bounds(len(images), BATCH), order))
         return seen / (time.perf_counter() - started)
 
     return measure

@@ -66,6 +66,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def labels(self, task: str) -> int | Tensor:
+        """How many labels of a task there are; a tensor on the device where some are missing."""
+        mask = self.valid[task]
+        return len(self) if mask is None else mask.sum()
+
 
 Step = list[list[Batch]]
 """What one optimizer update consumes: micro-batches, each a list of one batch per dataset, ordered by dataset name."""
@@ -124,8 +129,8 @@ class Feed:
         turn = torch.arange(passes).repeat_interleave(len(part))[:needed]
         device = part.images.device
         index, sample = order.to(device), (order + turn * len(part)).to(device)
-        for (a, b), images in zip(self.bounds, part.image_batches(self.bounds, order), strict=True):
-            yield _batch(part, index[a:b], self.augment(images, sample[a:b], self.seed, "augment", name, epoch))
+        for (a, b), (images, unread) in zip(self.bounds, part.image_batches(self.bounds, order), strict=True):
+            yield _batch(part, index[a:b], self.augment(images, sample[a:b], self.seed, "augment", name, epoch), unread)
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
@@ -143,17 +148,26 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
 def in_order(part: Samples, batch_size: int) -> Iterator[Batch]:
     """The samples of a split in their own order, for evaluation: of what is in memory slices, without a copy."""
     bounds = [(a, min(a + batch_size, len(part))) for a in range(0, len(part), batch_size)]
-    for (a, b), images in zip(bounds, part.image_batches(bounds), strict=True):
-        yield _batch(part, slice(a, b), images)
+    for (a, b), (images, unread) in zip(bounds, part.image_batches(bounds), strict=True):
+        yield _batch(part, slice(a, b), images, unread)
 
 
 def first(part: Samples, count: int) -> Batch:
-    """The first samples of a split, of which nothing more is read."""
+    """The first samples of a split, of which nothing more is read; their labels whether or not the images can be."""
     index = slice(0, count)
-    return _batch(part, index, part.images[index])
+    return _batch(part, index, part.images[index], [])
 
 
-def _batch(part: Samples, index: Tensor | slice, images: Tensor) -> Batch:
+def _batch(part: Samples, index: Tensor | slice, images: Tensor, unread: list[int]) -> Batch:
+    """Samples and their images; those whose image could not be read have no labels."""
     targets = {task: target[index] for task, target in part.targets.items()}
     valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
+    if unread:
+        valid = {task: _without(mask, targets[task], unread) for task, mask in valid.items()}
     return Batch(part.dataset, images, targets, valid)
+
+
+def _without(mask: Tensor | None, target: Tensor, positions: list[int]) -> Tensor:
+    mask = torch.ones(len(target), dtype=torch.bool, device=target.device) if mask is None else mask.clone()
+    mask[positions] = False
+    return mask

@@ -26,6 +26,7 @@ from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
+from mtl.files import Reading
 from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
@@ -34,7 +35,6 @@ from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.rundir import make_directory, refuse_to_overwrite
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
-from mtl.tables import write_csv
 from mtl.task import Task, make_task
 from mtl.tracking import Rows, TensorBoard
 from mtl.trainer import Run, RunResult, fit, train_step
@@ -115,22 +115,9 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),
         decoders=decoders,
-        notes=[*noted_aside(samples[Split.TRAIN], directory), *why_not, *notes],
+        notes=[*why_not, *notes],
         warm_up_seconds=seconds,
     )
-
-
-def noted_aside(training: Mapping[str, Samples], directory: Path) -> list[str]:
-    """What to say of the data that are not used; what they are goes to `set_aside.csv` in the run directory."""
-    said = []
-    rows = []
-    for name, part in training.items():
-        if part.set_aside.total:
-            said.append(f"dataset {name}: set aside: {part.set_aside.summary()}; listed in {directory / 'set_aside.csv'}")
-            rows += [(name, where, why) for where, why in part.set_aside.listed]
-    if rows:
-        write_csv(directory / "set_aside.csv", ("dataset", "where", "why"), rows)
-    return said
 
 
 def make_tasks(config: RunConfig) -> list[Task]:
@@ -171,7 +158,7 @@ def load_data(
             config.data.split_seed,
             config.device,
             splits,
-            decoders,
+            Reading(decoders, config.data.bad_files),
             Portion(config.data.fraction, config.data.labelled),
             chosen.plugin,
         )

@@ -51,6 +51,9 @@ class DataConfig(Options):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Processes that decode image files; 0: the training process does, and waits for it. What is in memory needs none. Batches
     do not depend on it. auto: as many as there are cores to use, at most 16."""
+    bad_files: float = Field(0.01, ge=0, le=1)
+    """Share of a split's image files that may turn out to be unreadable: their labels are taken for missing, and they are
+    listed in the run's set_aside.csv. More is an error."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training samples that is used, once validation samples are held out: every combination of integer labels in
     proportion, a smaller share part of a larger one, and the same whatever the run's seed and tasks."""

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mtl.datasets import Dataset
 from mtl.errors import DataError, MTLError, PluginError, unknown
-from mtl.files import FileImages
+from mtl.files import FileImages, Reading
 from mtl.heads import Head
 from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
@@ -26,9 +25,6 @@ from mtl.seeding import permutation
 from mtl.subsets import how_many, stratified
 from mtl.tables import SetAside
 from mtl.task import Task, check_name
-
-if TYPE_CHECKING:
-    from mtl.decoding import Decoders
 
 
 class Split(StrEnum):
@@ -68,8 +64,11 @@ class Samples:
         """Shape of one sample, (C, H, W) or (D,)."""
         return tuple(self.images.shape[1:])
 
-    def image_batches(self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None) -> Iterator[Tensor]:
-        """Images (B, ...) on the device for each (start, stop), one batch after the other; files are decoded ahead.
+    def image_batches(
+        self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """Images (B, ...) on the device for each (start, stop), one batch after the other; files are decoded ahead. With the
+        positions in it of images that could not be read, which are not to be counted.
 
         Args:
             bounds: of each batch.
@@ -80,7 +79,7 @@ class Samples:
             return
         order = None if order is None else order.to(self.images.device)
         for start, stop in bounds:
-            yield self.images[start:stop] if order is None else self.images[order[start:stop]]
+            yield self.images[start:stop] if order is None else self.images[order[start:stop]], []
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def load_splits(
     split_seed: int,
     device: torch.device | str,
     splits: Sequence[Split] = tuple(Split),
-    decoders: Decoders | None = None,
+    reading: Reading | None = None,
     portion: Portion | None = None,
     of: str = "",
 ) -> dict[Split, Samples]:
@@ -122,7 +121,7 @@ def load_splits(
             dataset that has its own validation split uses that instead.
         splits: which ones are wanted.
         split_seed: decides which samples are held out: the same for every arm and seed of a comparison.
-        decoders: who reads image files; None: this process, when they are asked for.
+        reading: how image files are read; None: by this process, when they are asked for, and all of them must be readable.
         portion: how much of the training data is used, once validation samples are held out; None: all of it.
         of: the registered dataset that it is; empty: that of its name.
 
@@ -142,7 +141,7 @@ def load_splits(
     if validation and Split.VAL in splits and found.get(Split.VAL) is None and Split.TRAIN not in found:
         found[Split.TRAIN] = load_dataset(plugin, Split.TRAIN, root, options)
     parts = {split: data for split in Split if (data := found.get(split)) is not None}
-    return checked_splits(name, parts, tasks, validation, split_seed, device, splits, decoders, portion)
+    return checked_splits(name, parts, tasks, validation, split_seed, device, splits, reading, portion)
 
 
 def checked_splits(
@@ -153,7 +152,7 @@ def checked_splits(
     split_seed: int,
     device: torch.device | str,
     splits: Sequence[Split] = tuple(Split),
-    decoders: Decoders | None = None,
+    reading: Reading | None = None,
     portion: Portion | None = None,
 ) -> dict[Split, Samples]:
     """What `load_splits` makes of a dataset's splits: validation carved from training where there is none, the portion that is
@@ -177,7 +176,7 @@ def checked_splits(
             name, parts[Split.TRAIN], tasks, masks[Split.TRAIN], portion or Portion(), split_seed
         )
     samples = {
-        split: _check(name, split, parts[split], tasks, masks[split], device, decoders) for split in splits if split in parts
+        split: _check(name, split, parts[split], tasks, masks[split], device, reading) for split in splits if split in parts
     }
     described = {split: (part.shape, part.images.dtype) for split, part in samples.items()}
     if len(set(described.values())) > 1:
@@ -298,7 +297,7 @@ def _check(
     tasks: Sequence[Task],
     masks: Masks,
     device: torch.device | str,
-    decoders: Decoders | None = None,
+    reading: Reading | None = None,
 ) -> Samples:
     where = f"dataset {name!r}, {split} split"
     if len(data) < (2 if split is Split.TRAIN else 1):
@@ -322,7 +321,7 @@ def _check(
         valid[task.name] = None if seen.all() else seen.to(device)
         labelled[task.name] = int(seen.sum())
         shares[task.name] = labelled[task.name] / seen.numel()
-    return Samples(name, data.placed(device, decoders), targets, valid, labelled, shares, data.classes, data.set_aside)
+    return Samples(name, data.placed(device, reading), targets, valid, labelled, shares, data.classes, data.set_aside)
 
 
 def named(task: Task, classes: Mapping[str, tuple[str, ...]]) -> Head:

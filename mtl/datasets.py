@@ -20,7 +20,7 @@ from mtl.errors import DataError, unknown
 from mtl.tables import SetAside
 
 if TYPE_CHECKING:
-    from mtl.decoding import Decoders
+    from mtl.files import Reading
 
 
 class Dataset(ABC):
@@ -87,8 +87,8 @@ class Dataset(ABC):
         """Whether another dataset has the same images in the same order."""
 
     @abstractmethod
-    def placed(self, device: torch.device | str, decoders: Decoders | None) -> Any:
-        """`images` on a device; files are read by `decoders`, or by this process."""
+    def placed(self, device: torch.device | str, reading: Reading | None = None) -> Any:
+        """`images` on a device; files are read as `reading` says."""
 
     @abstractmethod
     def _images_at(self, index: Tensor) -> Any:
@@ -140,7 +140,7 @@ class ArrayDataset(Dataset):
         """Whether the other has the same images in the same order."""
         return isinstance(other, ArrayDataset) and torch.equal(self.images, other.images)
 
-    def placed(self, device: torch.device | str, decoders: Decoders | None = None) -> Tensor:
+    def placed(self, device: torch.device | str, reading: Reading | None = None) -> Tensor:
         """The images on a device."""
         return self.images.to(device)
 

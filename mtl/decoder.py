@@ -14,6 +14,7 @@ import mmap
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Lock
@@ -23,12 +24,24 @@ import numpy as np
 import torch
 
 from mtl.errors import DataError
-from mtl.images import read_image
+from mtl.images import Box, read_image
 
 READING, READ, FAILED = 1, 2, 3
 """What the byte of an image says, in the bytes behind the pixels of a batch; 0: not begun."""
 RESULT = 8
 """Bytes of a finished job's number in the pipe; few enough to be written in one piece."""
+
+
+class Asked(NamedTuple):
+    """Files of a batch, and which part of each picture is wanted; no boxes: all of every one."""
+
+    paths: list[bytes]
+    boxes: list[Box] | None = None
+
+    def part(self, start: int, stop: int) -> tuple[list[bytes], Sequence[Box | None]]:
+        """Paths and boxes of some of them."""
+        paths = self.paths[start:stop]
+        return paths, [None] * len(paths) if self.boxes is None else self.boxes[start:stop]
 
 
 class Job(NamedTuple):
@@ -44,6 +57,7 @@ class Job(NamedTuple):
     channels: int
     size: tuple[int, int]
     paths: list[bytes]
+    boxes: list[Box | None]
 
 
 def work(jobs: Connection, turn: Lock, results: int, arena: int) -> None:
@@ -62,10 +76,10 @@ def work(jobs: Connection, turn: Lock, results: int, arena: int) -> None:
         memory = np.frombuffer(slots[job.offset, length], np.uint8)
         batch = torch.from_numpy(memory[: job.images * pixels].reshape(job.images, *job.size, job.channels))
         states = memory[job.images * pixels :]
-        for i, path in enumerate(job.paths, job.first):
+        for i, (path, box) in enumerate(zip(job.paths, job.boxes, strict=True), job.first):
             states[i] = READING
             try:
-                batch[i].copy_(read_image(path, job.channels, job.size).permute(1, 2, 0))
+                batch[i].copy_(read_image(path, job.channels, job.size, box).permute(1, 2, 0))
             except DataError:
                 states[i] = FAILED  # why, the training process finds out, by reading it again
             else:

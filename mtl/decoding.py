@@ -1,7 +1,7 @@
 """Decoding ahead: worker processes fill batches of images in shared memory while the training step computes.
 
     with Decoders(workers=4) as decoders:
-        for images, failed in decoders.batches([[b"a.jpg", b"b.png"], ...], channels=3, size=(64, 64)):
+        for images, failed in decoders.batches([Asked([b"a.jpg", b"b.png"]), ...], channels=3, size=(64, 64)):
             ...
 
 `torch.utils.data.DataLoader` allocates the shared memory of every batch anew, and the page faults of that take as long as
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple, Self
@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtl.decoder import FAILED, READING, RESULT, Job
+from mtl.decoder import FAILED, READING, RESULT, Asked, Job
 from mtl.errors import RunError
 
 CHUNK = 32
@@ -55,7 +55,7 @@ class _Slot(NamedTuple):
 class _Ordered:
     """A batch under way: where it goes, to which list that returns, and how many of its jobs are not finished."""
 
-    def __init__(self, slot: _Slot, free: list[_Slot], paths: Sequence[bytes], channels: int, size: tuple[int, int]) -> None:
+    def __init__(self, slot: _Slot, free: list[_Slot], paths: list[bytes], channels: int, size: tuple[int, int]) -> None:
         self.slot, self.free, self.paths = slot, free, paths
         count, pixels = len(paths), channels * size[0] * size[1]
         memory: NDArray[np.uint8] = np.frombuffer(slot.memory, np.uint8, count * (pixels + 1))
@@ -127,10 +127,8 @@ class Decoders:
             self._under_way = {}
             self._arena_bytes = 0
 
-    def batches(
-        self, batches: Iterable[Sequence[bytes]], channels: int, size: tuple[int, int]
-    ) -> Iterator[tuple[Tensor, list[int]]]:
-        """Decode lists of paths, several ahead.
+    def batches(self, batches: Iterable[Asked], channels: int, size: tuple[int, int]) -> Iterator[tuple[Tensor, list[int]]]:
+        """Decode batches of files, several ahead.
 
         Yields:
             uint8 (B, channels, *size), channels-last in memory, and the positions of those that could not be read, whose
@@ -142,9 +140,9 @@ class Decoders:
         self.start()
         pending: deque[_Ordered] = deque()
         try:
-            for paths in batches:
-                pending.append(self._order(paths, channels, size))
-                if len(pending) > max(AHEAD, math.ceil(2 * CHUNK * self.workers / len(paths))):
+            for asked in batches:
+                pending.append(self._order(asked, channels, size))
+                if len(pending) > max(AHEAD, math.ceil(2 * CHUNK * self.workers / len(asked.paths))):
                     yield self._finished(pending.popleft())
             while pending:
                 yield self._finished(pending.popleft())
@@ -152,15 +150,16 @@ class Decoders:
             for batch in pending:
                 self._abandon(batch)
 
-    def _order(self, paths: Sequence[bytes], channels: int, size: tuple[int, int]) -> _Ordered:
-        slot = self._slot(len(paths) * (channels * size[0] * size[1] + 1))
-        batch = _Ordered(slot, self._free, paths, channels, size)
-        for first in range(0, len(paths), CHUNK):
+    def _order(self, asked: Asked, channels: int, size: tuple[int, int]) -> _Ordered:
+        count = len(asked.paths)
+        slot = self._slot(count * (channels * size[0] * size[1] + 1))
+        batch = _Ordered(slot, self._free, asked.paths, channels, size)
+        for first in range(0, count, CHUNK):
             self._jobs_given += 1
             self._under_way[self._jobs_given] = batch
-            part = list(paths[first : first + CHUNK])
+            paths, boxes = asked.part(first, first + CHUNK)
             try:
-                self._jobs.send(Job(self._jobs_given, slot.offset, len(paths), first, channels, size, part))
+                self._jobs.send(Job(self._jobs_given, slot.offset, count, first, channels, size, paths, list(boxes)))
             except OSError:  # all ends of the socket on the other side are closed
                 raise self._death() from None
         return batch

@@ -78,6 +78,7 @@ def _evaluate_dataset(
     tasks = model.present([part.dataset])
     meters = {task.name: Meter(task.all_metrics, task.head.labelled, part.images.device) for task in tasks}
     losses = {task.name: torch.zeros((), device=part.images.device) for task in tasks}
+    labels: dict[str, int | Tensor] = {task.name: 0 for task in tasks}
     for batch in in_order(part, batch_size):
         with autocast():
             outputs = model({part.dataset: batch.images}).outputs
@@ -85,17 +86,21 @@ def _evaluate_dataset(
             losses[task.name] += summed_loss(task, outputs[task.name], batch)
             predictions = task.head.predictions(outputs[task.name])
             meters[task.name].update(predictions, batch.targets[task.name], batch.valid[task.name])
+            labels[task.name] = labels[task.name] + batch.labels(task.name)
     figures = {}
     for task in tasks:
-        loss = losses[task.name].item() / (len(part) * part.shares[task.name])
+        n = int(labels[task.name])  # without those of images that could not be read
+        if not n:
+            raise DataError(f"dataset {part.dataset!r}, task {task.name!r}: no image with its label can be read")
+        loss = losses[task.name].item() / (len(part) * part.shares[task.name] * n / part.labelled[task.name])
         try:
             computed = meters[task.name].compute()
         except Exception as error:
             raise DataError(
-                f"dataset {part.dataset!r}, task {task.name!r}: a metric cannot be computed from {part.labelled[task.name]} "
-                f"labels: {type(error).__name__}: {error}"
+                f"dataset {part.dataset!r}, task {task.name!r}: a metric cannot be computed from {n} labels: "
+                f"{type(error).__name__}: {error}"
             ) from error
-        figures[task.name] = {"n": part.labelled[task.name], "loss": loss, **computed}
+        figures[task.name] = {"n": n, "loss": loss, **computed}
     return figures
 
 

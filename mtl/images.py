@@ -35,23 +35,42 @@ of 12 megapixels, and less than a grey level on average from decoding it whole, 
 resize. At 1/2 nothing would be gained over torchvision's decoder."""
 
 
-def read_image(path: Path | str | bytes, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+Box = tuple[int, int, int, int]
+"""Of a picture's pixels: left, top, width, height."""
+
+
+def read_image(path: Path | str | bytes, channels: int, size: tuple[int, int] | None = None, box: Box | None = None) -> Tensor:
     """uint8 (channels, H, W), turned upright where the file says how it was held. Memory may be channels-last.
 
     Args:
         path: of a JPEG or PNG file.
         channels: 1 for grey, 3 for red, green and blue; an image of another kind is converted, transparency dropped.
         size: (H, W) to resize to, as `resized` does; None: as it is.
+        box: of the upright picture, what is kept of it before it is resized; None: all. What lies outside the picture is not.
 
     Raises:
-        DataError: no regular file, another format, too large or damaged; the reason only, without the path.
+        DataError: no regular file, another format, too large or damaged, or a box outside the picture; the reason only, without
+            the path.
     """
     data = _contents(path)
     header = jpeg_header(data)
-    image = _by_torchvision(data, header, channels, size) if header is not None else None
+    least = size if box is None else None  # a box counts the pixels of the whole picture
+    image = _by_torchvision(data, header, channels, least) if header is not None else None
     if image is None:
-        image = _by_pillow(data, channels, size)
+        image = _by_pillow(data, channels, least)
+    if box is not None:
+        image = _cut(image, box)
     return image if size is None else resized(image, size)
+
+
+def _cut(image: Tensor, box: Box) -> Tensor:
+    left, top, width, height = box
+    part = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    if not part.numel():
+        raise DataError(
+            f"the box {width} x {height} at {left}, {top} lies outside the {image.shape[2]} x {image.shape[1]} pixels"
+        )
+    return part
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:

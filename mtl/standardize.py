@@ -76,11 +76,14 @@ class Standardize(nn.Module):
         order = torch.arange(FILES) * len(x) // FILES if isinstance(x, FileImages) and len(x) > FILES else None
         count = len(x) if order is None else FILES
         size = min(CHUNK, max(1, CHUNK_NUMBERS // math.prod(part.shape)))
-        for piece in part.image_batches([(a, min(a + size, count)) for a in range(0, count, size)], order):
+        self.fitted_on = 0
+        for piece, unread in part.image_batches([(a, min(a + size, count)) for a in range(0, count, size)], order):
             value = piece.to(wide)
+            if unread:
+                value[unread] = 0.0
             moments += torch.stack([value.sum(0), value.square().sum(0)])
-        moments /= count
-        self.fitted_on = count
+            self.fitted_on += len(piece) - len(unread)
+        moments /= max(1, self.fitted_on)
         if self.kind == "channel" and len(part.shape) > 1:
             moments = moments.mean(dim=tuple(range(2, moments.ndim)), keepdim=True)
         mean, square = moments

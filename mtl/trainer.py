@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
+from mtl.aside import Aside
 from mtl.balancing import Balancer
 from mtl.batches import Batch, Feed, Step
 from mtl.checkpoint import load_weights, save_weights
@@ -71,8 +72,10 @@ class Run:
     shared_parameters: list[nn.Parameter] = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
     weights: Tensor = field(init=False)
+    aside: Aside = field(init=False)
 
     def __post_init__(self) -> None:
+        self.aside = Aside(self.directory, self.samples)
         self.shared_parameters = self.model.shared_parameters()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
@@ -103,7 +106,8 @@ class RunResult:
 
     `seconds` are those of training, validation and test; `warm_up_seconds`, of compiling, came before them, and
     `training_seconds` are those of optimizer steps alone. `peak_memory_bytes` is the most that the run held: of the GPU's
-    memory, or of this process's (resident, libraries included); None where the system does not tell.
+    memory, or of this process's (resident, libraries included); None where the system does not tell. `set_aside` is
+    {dataset: {why: how many}} of what was not used.
     """
 
     run_dir: str
@@ -126,6 +130,7 @@ class RunResult:
     execution: str
     compile: str
     config_digest: str
+    set_aside: dict[str, dict[str, int]]
 
 
 def train_step(run: Run, step: Step) -> Tensor:
@@ -197,8 +202,7 @@ def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
     for batches in step:
         of = {batch.dataset: batch for batch in batches}
         for i, task in enumerate(run.model.tasks):
-            mask = of[task.dataset].valid[task.name]
-            counts[i] = counts[i] + (len(of[task.dataset]) if mask is None else mask.sum())
+            counts[i] = counts[i] + of[task.dataset].labels(task.name)
     return counts
 
 
@@ -212,7 +216,7 @@ def fit(run: Run) -> RunResult:
     device = torch.device(config.device)
     forget_peak_memory(device)
     with run.progress, closing(run), seeded(config.seed, "training"), memory_kept():
-        for line in [opening_line(run), *run.notes]:
+        for line in [opening_line(run), *run.aside.news(), *run.notes]:
             run.progress.line(line)
         for task, start in config.init_from.items():
             run.progress.line(f"{task} starts from {start.task or task} of {start.path} ({start.weights}, {start.digest})")
@@ -227,6 +231,7 @@ def fit(run: Run) -> RunResult:
             raise
         load_weights(run.directory / "checkpoints" / "best.safetensors", run.model)
         test, score = score_split(run, Split.TEST)
+        tell_aside(run)
     result = RunResult(
         run_dir=str(run.directory),
         epochs=state.epoch,
@@ -248,6 +253,7 @@ def fit(run: Run) -> RunResult:
         execution=config.execution,
         compile=config.compile,
         config_digest=config.digest(),
+        set_aside=run.aside.counts(),
     )
     write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
     return result
@@ -282,6 +288,13 @@ def train_and_validate(run: Run, state: State) -> None:
             state.best_score, state.best = score, {**figures, "score": score}
         save_weights(run.directory / "checkpoints" / "best.safetensors", run.model, description, run.balancer)
     run.progress.line(summary_line(run, epoch, trained, figures, score))
+    tell_aside(run)
+
+
+def tell_aside(run: Run) -> None:
+    """Say what was found meanwhile that cannot be used."""
+    for line in run.aside.news():
+        run.progress.line(line)
 
 
 @dataclass(frozen=True)

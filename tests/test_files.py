@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -25,9 +27,9 @@ from mtl import auto, build
 from mtl.config import RunConfig
 from mtl.data import Samples
 from mtl.decoding import Decoders
-from mtl.files import FileImages, ImageFiles, Paths
+from mtl.files import FileImages, ImageFiles, Paths, Reading
 from mtl.hardware import usable_cores
-from mtl.images import read_image
+from mtl.images import read_image, resized
 from mtl.seeding import permutation
 from mtl.standardize import Standardize
 from mtl.trainer import fit
@@ -101,7 +103,14 @@ def decoders() -> Iterator[Decoders]:
 
 @pytest.fixture
 def images(folder: Path, decoders: Decoders) -> FileImages:
-    return ImageFiles(*files(folder, "train"), size=SIZE).placed("cpu", decoders)
+    return ImageFiles(*files(folder, "train"), size=SIZE).placed("cpu", Reading(decoders))
+
+
+def pixels(images: FileImages, bounds: list[tuple[int, int]], order: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """Batches of files that can all be read."""
+    for batch, failed in images.batches(bounds, order):
+        assert failed == []
+        yield batch
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -169,21 +178,21 @@ def test_files_and_arrays_train_together(config: Callable[..., RunConfig], in_tm
 def test_a_batch_does_not_depend_on_who_decodes_it(images: FileImages, folder: Path) -> None:
     here = ImageFiles(*files(folder, "train"), size=SIZE).images
     order, bounds = permutation(TRAIN, 0, "x"), [(0, 37), (37, 38), (38, 60)]
-    batches = list(images.batches(bounds, order))
-    for (a, b), x, y in zip(bounds, batches, here.batches(bounds, order), strict=True):
+    batches = list(pixels(images, bounds, order))
+    for (a, b), x, y in zip(bounds, batches, pixels(here, bounds, order), strict=True):
         assert x.dtype == torch.uint8
         assert torch.equal(x, y)
         assert torch.equal(x, here[order[a:b]])
         for i, picture in zip(order[a:b].tolist(), x, strict=True):
             assert torch.equal(picture, read_image(files(folder, "train")[0][i], 3, SIZE))
-    assert torch.equal(torch.cat(list(images.batches(bounds))), here[:])
+    assert torch.equal(torch.cat(list(pixels(images, bounds))), here[:])
     assert torch.equal(here[3:5], here[torch.tensor([3, 4])])
 
 
 def test_what_is_handed_out_is_not_written_again_while_it_is_used(images: FileImages) -> None:
     """A batch's memory goes to another one only when no tensor on it is left, a view of one included."""
     bounds = [(i, i + 6) for i in range(0, 60, 6)]
-    first = [batch[2:3, 1] for _ in range(4) for batch in images.batches(bounds)]
+    first = [batch[2:3, 1] for _ in range(4) for batch in pixels(images, bounds)]
     copies = [view.clone() for view in first]
     for _ in range(4):
         for _ in images.batches(bounds, permutation(TRAIN, 1, "other")):
@@ -201,10 +210,10 @@ def test_what_is_handed_out_is_not_written_again_while_it_is_used(images: FileIm
 
 def test_batches_given_up_half_way_do_no_harm(images: FileImages) -> None:
     bounds = [(i, i + 5) for i in range(0, 60, 5)]
-    expected = list(images.batches(bounds))
+    expected = list(pixels(images, bounds))
     for _ in range(20):
-        assert torch.equal(next(images.batches(bounds)), expected[0])
-    assert all(torch.equal(x, y) for x, y in zip(images.batches(bounds), expected, strict=True))
+        assert torch.equal(next(pixels(images, bounds)), expected[0])
+    assert all(torch.equal(x, y) for x, y in zip(pixels(images, bounds), expected, strict=True))
 
 
 def test_the_global_random_state_is_left_alone(images: FileImages) -> None:
@@ -260,7 +269,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(folder: Path, worke
     bad.write_text("<html>not found</html>")
     paths[41] = bad
     with Decoders(workers) as decoders:
-        images = ImageFiles(paths, labels, size=SIZE).placed("cpu", decoders)
+        images = ImageFiles(paths, labels, size=SIZE).placed("cpu", Reading(decoders))
         batches = images.batches([(0, 20), (20, 40), (40, 60)])
         next(batches), next(batches)
         with pytest.raises(mtl.DataError, match=r"image file '.*/bad.jpg' cannot be read: neither a JPEG nor a PNG") as error:
@@ -282,13 +291,125 @@ def test_a_plugin_of_files_conforms(config: Callable[..., RunConfig]) -> None:
     assert {check.name: check.detail for check in mtl.check_task("pictures_a") if not check.ok} == {}
 
 
+# --- files that cannot be read, and parts of pictures -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.usefixtures("nothing_left")
+def test_a_file_that_cannot_be_read_counts_as_unlabelled(folder: Path, workers: int, tmp_path: Path) -> None:
+    """Its place in the batch is taken by the pixels of another, and the same files are read twice with one complaint."""
+    paths, labels, valid = files(folder, "train")
+    bad = [tmp_path / "bad.jpg", tmp_path / "gone.jpg"]
+    for i, file in zip((20, 41), bad, strict=True):
+        file.write_bytes(b"<html>")
+        paths[i] = file
+    good = ImageFiles(files(folder, "train")[0], labels, size=SIZE).images
+    data = ImageFiles(paths, labels, valid, size=SIZE)
+    bad[1].unlink()
+    with Decoders(workers) as decoders:
+        images = data.placed("cpu", Reading(decoders, 0.04))
+        for _ in range(2):
+            (first, nothing), (second, one), (third, other) = images.batches([(0, 20), (20, 41), (41, 60)])
+            assert (nothing, one, other) == ([], [0], [0])
+            assert torch.equal(first, good[:20])
+            assert torch.equal(second, good[torch.tensor([21, *range(21, 41)])])
+            assert torch.equal(third, good[torch.tensor([42, *range(42, 60)])])
+        assert images.unreadable.why == {
+            os.fsencode(bad[0]): "neither a JPEG nor a PNG image",
+            os.fsencode(bad[1]): "no such file",
+        }
+        too_many = r"2 image files cannot be read, more than the 1 that data.bad_files allows; the first: '.*/bad.jpg': neither"
+        with pytest.raises(mtl.DataError, match=too_many):
+            list(data.placed("cpu", Reading(decoders, 0.03)).batches([(0, 60)]))
+        alone, failed = next(data.placed("cpu", Reading(decoders, 0.04)).batches([(20, 21)]))
+        assert (int(alone.sum()), failed) == (0, [0])
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_run_goes_on_without_the_files_that_cannot_be_read(
+    config: Callable[..., RunConfig], folder: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every split: n counts what was read; the run says so, lists the files, and is the same for any number of workers."""
+    broken = {3, 17, 30, TRAIN + 2}
+    real = files
+
+    def with_broken(folder: Path, split: str) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
+        paths, labels, valid = real(folder, split)
+        first = 0 if split == "train" else TRAIN
+        return [in_tmp / f"{i}.jpg" if first + i in broken else path for i, path in enumerate(paths)], labels, valid
+
+    for i in (3, 17, 30, 2):
+        (in_tmp / f"{i}.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    monkeypatch.setitem(globals(), "files", with_broken)
+    base = config(0)
+    allowed = base.data.model_copy(update={"bad_files": 0.1})
+    results = []
+    for workers in (0, 1):
+        data = allowed.model_copy(update={"workers": workers})
+        results.append(mtl.train(base.replaced(data=data, epochs=3), in_tmp / f"run{workers}"))
+    assert results[0].test == results[1].test
+    assert results[0].test["pictures_a"]["n"] == TEST - 1
+    assert results[0].set_aside == {"pictures": {"image files that cannot be read": 4}}
+    seen = {
+        split: sum(row["n"] for row in rows(in_tmp / "run0") if row["split"] == split and row["task"] == "pictures_a")
+        for split in ("train", "val")
+    }
+    assert sum(seen.values()) == 3 * (TRAIN - 3)
+    listed = [(in_tmp / f"run{workers}" / "set_aside.csv").read_text().splitlines() for workers in (0, 1)]
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == 1 + 4
+    assert all(re.search("damaged|neither", line) for line in listed[0][1:])
+    assert all(math.isfinite(row["loss"]) for row in rows(in_tmp / "run0"))
+
+
+def test_of_a_picture_the_box_is_read(folder: Path, decoders: Decoders) -> None:
+    """Whoever reads it, in any order; what lies outside the picture is not in it."""
+    paths, labels, _ = files(folder, "train")
+    random = np.random.default_rng(0)
+    boxes = np.column_stack([random.integers(-2, 6, (TRAIN, 2)), random.integers(4, 40, (TRAIN, 2))])
+    data = ImageFiles(paths, labels, size=SIZE, boxes=boxes)
+    order = permutation(TRAIN, 0, "x")
+    (here,) = pixels(data.placed("cpu"), [(0, TRAIN)], order)
+    (there,) = pixels(data.placed("cpu", Reading(decoders)), [(0, TRAIN)], order)
+    assert torch.equal(here, there)
+    for i, picture in zip(order.tolist(), here, strict=True):
+        left, top, width, height = boxes[i].tolist()
+        whole = read_image(paths[i], 3)[:, max(top, 0) : top + height, max(left, 0) : left + width]
+        assert torch.equal(picture, resized(whole, SIZE))
+    assert data.same_images(ImageFiles(paths, labels, size=SIZE, boxes=boxes))
+    assert not data.same_images(ImageFiles(paths, labels, size=SIZE))
+    part = pickle.loads(pickle.dumps(data.subset(order[:5])))
+    assert torch.equal(part.images[:], here[:5])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        (np.zeros((TRAIN, 3), int), r"boxes must be 60 x 4 integers; found torch.int64 of shape \(60, 3\)"),
+        (np.ones((TRAIN, 4)), r"boxes must be 60 x 4 integers; found torch.float32"),
+        (np.array([[0, 0, 4, 4]] * 59 + [[0, 0, 4, 0]]), r"box 59 is \[0, 0, 4, 0\]: width and height must be above 0"),
+    ],
+)
+def test_boxes_that_are_none_are_refused(folder: Path, boxes: Any, message: str) -> None:
+    with pytest.raises(mtl.DataError, match=message):
+        ImageFiles(*files(folder, "train"), size=SIZE, boxes=boxes)
+
+
+def test_a_box_outside_its_picture_is_an_unreadable_file(folder: Path) -> None:
+    paths, labels, _ = files(folder, "train")
+    boxes = np.array([[0, 0, 4, 4]] * 59 + [[40, 2, 8, 8]])
+    images = ImageFiles(paths, labels, size=SIZE, boxes=boxes).placed("cpu")
+    with pytest.raises(mtl.DataError, match=r"the box 8 x 8 at 40, 2 lies outside the 12 x 16 pixels|outside the 24 x 32"):
+        images[:]
+
+
 # --- processes --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_killed_worker_is_an_error_and_not_a_hang(folder: Path) -> None:
     with Decoders(2) as decoders:
-        images = ImageFiles(*files(folder, "train"), size=SIZE).placed("cpu", decoders)
+        images = ImageFiles(*files(folder, "train"), size=SIZE).placed("cpu", Reading(decoders))
         batches = images.batches([(0, 60)] * 100_000)
         next(batches)
         assert decoders._process is not None
@@ -308,10 +429,11 @@ import sys, time
 import numpy as np
 import mtl
 from mtl.decoding import Decoders
+from mtl.files import Reading
 
 images = mtl.ImageFiles(sys.argv[2:], {}, size=(16, 12))
 with Decoders(2) as decoders:
-    batches = images.placed("cpu", decoders).batches([(0, 20)] * 5000)  # half a minute, should nobody end it
+    batches = images.placed("cpu", Reading(decoders)).batches([(0, 20)] * 5000)  # half a minute, should nobody end it
     next(batches)
     print("ready", flush=True)
     for _ in batches:

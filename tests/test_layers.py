@@ -76,6 +76,7 @@ RANK = {
     "config": 6,
     "model": 6,
     "evaluation": 7,
+    "aside": 7,
     "rundir": 7,
     "warm_start": 7,
     "auto": 8,

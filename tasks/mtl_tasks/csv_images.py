@@ -99,13 +99,14 @@ def csv_images(split: mtl.Split, root: Path, options: CsvImagesOptions) -> mtl.I
         values = numbers.values[rows]
         labels[name], valid[name] = np.nan_to_num(values).astype(np.float32), np.isfinite(values)
     return mtl.ImageFiles(
-        [os.path.join(table.folder, os.fsdecode(table.names[row])) for row in rows],
+        (table.names[row] for row in rows),
         labels,
         {name: mask for name, mask in valid.items() if not mask.all()},
         {name: column.names for name, column in table.classes.items()},
         None if table.groups is None else table.groups[rows],
         size=options.size,
         channels=options.channels,
+        folder=table.folder,
         set_aside=table.set_aside,
     )
 

@@ -1,0 +1,67 @@
+"""What of its data a run does not use: told as it is found, and listed in `set_aside.csv`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mtl.data import Samples, Split
+from mtl.files import FileImages
+from mtl.tables import write_csv
+
+LIST = "set_aside.csv"
+
+
+class Aside:
+    """Of one run: rows, values and files that its datasets set aside, and image files that turn out to be unreadable.
+
+    Args:
+        directory: of the run.
+        samples: split -> dataset -> its samples.
+    """
+
+    def __init__(self, directory: Path, samples: Mapping[Split, Mapping[str, Samples]]) -> None:
+        self.directory = directory
+        self.samples = samples
+        self._told: dict[str, dict[str, int]] = {}
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Dataset -> why -> how many, of datasets of which something was set aside."""
+        return {name: dict(found) for name in self._parts() if (found := self._counted(name))}
+
+    def news(self) -> list[str]:
+        """A line for each dataset of which something new was set aside; the list is then written again."""
+        new = {name: found for name, found in self.counts().items() if self._told.get(name) != found}
+        if new:
+            self._told |= new
+            write_csv(self.directory / LIST, ("dataset", "where", "why"), self._listed())
+        many = {name: "; ".join(f"{count:,} {why}" for why, count in found.items()) for name, found in new.items()}
+        return [f"dataset {name}: set aside: {what}; listed in {self.directory / LIST}" for name, what in many.items()]
+
+    def _parts(self) -> dict[str, list[Samples]]:
+        """Dataset -> its splits."""
+        parts: dict[str, list[Samples]] = {}
+        for split in Split:
+            for name, part in self.samples.get(split, {}).items():
+                parts.setdefault(name, []).append(part)
+        return parts
+
+    def _counted(self, name: str) -> Counter[str]:
+        parts = self._parts()[name]
+        counts = Counter(parts[0].set_aside.counts)  # a dataset says the same with each of its splits
+        counts["image files that cannot be read"] += sum(len(_unreadable(part)) for part in parts)
+        return Counter(dict((+counts).most_common()))
+
+    def _listed(self) -> Iterator[tuple[str, str, str]]:
+        for name, parts in self._parts().items():
+            for where, why in parts[0].set_aside.listed:
+                yield name, where, why
+            for part in parts:
+                for path, why in _unreadable(part).items():
+                    yield name, os.fsdecode(path), why
+
+
+def _unreadable(part: Samples) -> dict[bytes, str]:
+    return part.images.unreadable.why if isinstance(part.images, FileImages) else {}
