@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from mtl.build import train as train
     from mtl.classification import Classification as Classification
     from mtl.classification import ClassificationOptions as ClassificationOptions
+    from mtl.columns import ClassColumn as ClassColumn
+    from mtl.columns import Column as Column
+    from mtl.columns import NumberColumn as NumberColumn
+    from mtl.columns import SetAside as SetAside
+    from mtl.columns import TextColumn as TextColumn
     from mtl.comparison import Comparison as Comparison
     from mtl.comparison import compare as compare
     from mtl.config import DataConfig as DataConfig
@@ -63,11 +68,6 @@ if TYPE_CHECKING:
     from mtl.sharing import HardShared as HardShared
     from mtl.sharing import SplitAt as SplitAt
     from mtl.sharing import Unshared as Unshared
-    from mtl.tables import ClassColumn as ClassColumn
-    from mtl.tables import Column as Column
-    from mtl.tables import NumberColumn as NumberColumn
-    from mtl.tables import SetAside as SetAside
-    from mtl.tables import TextColumn as TextColumn
     from mtl.tables import read_table as read_table
     from mtl.task import Task as Task
     from mtl.trainer import RunResult as RunResult
@@ -81,6 +81,7 @@ _HOME = {
     "batches": ("Augment",),
     "build": ("dry_run", "evaluate_run", "train"),
     "classification": ("Classification", "ClassificationOptions"),
+    "columns": ("ClassColumn", "Column", "NumberColumn", "SetAside", "TextColumn"),
     "comparison": ("Comparison", "compare"),
     "config": ("DataConfig", "InitFrom", "RunConfig", "load_config"),
     "conformance": ("Check", "check_task"),
@@ -108,7 +109,7 @@ _HOME = {
     ),
     "regression": ("Regression",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
-    "tables": ("ClassColumn", "Column", "NumberColumn", "SetAside", "TextColumn", "read_table"),
+    "tables": ("read_table",),
     "task": ("Task",),
     "trainer": ("RunResult",),
     "units": ("ExchangeUnit",),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtl.columns import SetAside
 from mtl.datasets import Dataset
 from mtl.errors import DataError, MTLError, PluginError, unknown
 from mtl.files import FileImages, Reading
@@ -23,7 +24,6 @@ from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
 from mtl.seeding import permutation
 from mtl.subsets import how_many, stratified
-from mtl.tables import SetAside
 from mtl.task import Task, check_name
 
 

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl.columns import SetAside
 from mtl.errors import DataError, unknown
-from mtl.tables import SetAside
 
 if TYPE_CHECKING:
     from mtl.files import Reading

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl.columns import SetAside
 from mtl.datasets import Dataset, as_tensor
 from mtl.decoder import Asked
 from mtl.errors import DataError
 from mtl.images import LARGEST, Box, read_image
-from mtl.tables import SetAside
 
 if TYPE_CHECKING:  # who decodes is handed in
     from mtl.decoding import Decoders

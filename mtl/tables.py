@@ -1,187 +1,24 @@
-"""CSV files as columns of numbers, classes and text: a million rows in seconds, in tens of bytes each, and nothing of what is
-wrong with a row lost: where it stands and why it was set aside.
+"""CSV files, read into columns: a million rows in seconds, and nothing of what is wrong with a row lost: where it stands and
+why it was set aside.
 """
 
 from __future__ import annotations
 
 import csv
-import math
-from abc import ABC, abstractmethod
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mtl.columns import Column, SetAside, TextColumn
 from mtl.errors import DataError, unknown
 
-MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown", "undefined", "?", "-"})
-"""What stands for no value, in any case."""
 LONGEST = 1 << 16
 """Characters of a field; a longer one is a mistake in quoting."""
-LISTED = 1000
-"""Things set aside that are listed one by one; of all there are counts."""
-
-
-@dataclass
-class SetAside:
-    """What of a dataset is not used, and why: rows of tables, labels, files.
-
-    `listed` holds (where, why) of the first thousand, `counts` why -> how many of all.
-    """
-
-    listed: list[tuple[str, str]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, where: str, why: str, kind: str | None = None) -> None:
-        """One more; `kind` is what it is counted under, if not `why` itself."""
-        self.counts[kind or why] += 1
-        if len(self.listed) < LISTED:
-            self.listed.append((where, why))
-
-    @property
-    def total(self) -> int:
-        """How many in all."""
-        return self.counts.total()
-
-    def summary(self) -> str:
-        """Why and how many, the most frequent first."""
-        return "; ".join(f"{count:,} {why}" for why, count in self.counts.most_common())
-
-
-class Column(ABC):
-    """Of a table: takes texts one by one, and holds them compactly.
-
-    Args:
-        required: a row without a usable value here is set aside; else the row has no value.
-    """
-
-    def __init__(self, required: bool = False) -> None:
-        self.required = required
-
-    @abstractmethod
-    def parse(self, text: str) -> Any:
-        """The value of a text, None for none.
-
-        Raises:
-            ValueError: it is not one of this kind; the message says so, as in "is not a number".
-        """
-
-    @abstractmethod
-    def append(self, value: Any) -> None:
-        """Add a value as `parse` gave it."""
-
-
-class NumberColumn(Column):
-    """Finite numbers; `values` is float64 (N,), NaN where there is none."""
-
-    def __init__(self, required: bool = False) -> None:
-        super().__init__(required)
-        self._values = array("d")
-
-    def parse(self, text: str) -> float | None:
-        if text.lower() in MISSING:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError("is not a number") from None
-        if not math.isfinite(value) or "_" in text:
-            raise ValueError("is not a finite number")
-        return value
-
-    def append(self, value: float | None) -> None:
-        self._values.append(math.nan if value is None else value)
-
-    @property
-    def values(self) -> NDArray[np.float64]:
-        """(N,)."""
-        return np.frombuffer(self._values, np.float64) if self._values else np.empty(0)
-
-
-class ClassColumn(Column):
-    """One of several names; `codes` is int32 (N,), the position of a row's name in `names`, -1 where there is none.
-
-    Args:
-        names: those that are allowed, in this order; None: whatever is found, sorted (by value where all are integers).
-    """
-
-    def __init__(self, names: Sequence[str] | None = None, required: bool = False) -> None:
-        super().__init__(required)
-        self._open = names is None
-        self._code_of = {name: i for i, name in enumerate(names or ())}
-        self._codes = array("i")
-
-    def parse(self, text: str) -> int | None:
-        if (code := self._code_of.get(text)) is not None:
-            return code
-        if text.lower() in MISSING:
-            return None
-        if not self._open:
-            raise ValueError(f"is none of the classes {', '.join(list(self._code_of)[:8])}")
-        return self._code_of.setdefault(text, len(self._code_of))
-
-    def append(self, value: int | None) -> None:
-        self._codes.append(-1 if value is None else value)
-
-    def _order(self) -> list[str]:
-        names = list(self._code_of)
-        if not self._open:
-            return names
-        whole = all(name.lstrip("+-").isdecimal() for name in names)
-        return sorted(names, key=(lambda name: (int(name), name)) if whole else None)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the classes."""
-        return tuple(self._order())
-
-    @property
-    def codes(self) -> NDArray[np.int32]:
-        """(N,)."""
-        found = np.frombuffer(self._codes, np.int32) if self._codes else np.empty(0, np.int32)
-        place = {name: i for i, name in enumerate(self._order())}
-        renumber = np.array([*(place[name] for name in self._code_of), -1], np.int32)  # the last is where -1 points to
-        return renumber[found]
-
-
-class TextColumn(Column):
-    """Any text that is not empty; `encoded` is all of it as UTF-8 (surrogates as the bytes that they stand for), `ends` int64
-    (N,) where in it each one ends.
-    """
-
-    def __init__(self, required: bool = True) -> None:
-        super().__init__(required)
-        self._text = bytearray()
-        self._ends = array("q")
-
-    def parse(self, text: str) -> bytes | None:
-        return text.encode("utf-8", "surrogateescape") if text else None
-
-    def append(self, value: bytes | None) -> None:
-        self._text += value or b""
-        self._ends.append(len(self._text))
-
-    @property
-    def encoded(self) -> bytes:
-        """One after the other."""
-        return bytes(self._text)
-
-    @property
-    def ends(self) -> NDArray[np.int64]:
-        """(N,)."""
-        return np.frombuffer(self._ends, np.int64) if self._ends else np.empty(0, np.int64)
-
-    def __iter__(self) -> Iterator[bytes]:
-        start = 0
-        for end in self._ends:
-            yield bytes(self._text[start:end])
-            start = end
 
 
 def read_table(

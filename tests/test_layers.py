@@ -38,6 +38,7 @@ RANK = {
     "stacking": 0,
     "stats": 0,
     "subsets": 1,
+    "columns": 0,
     "tables": 1,
     "tracking": 0,
     "units": 0,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtl
-from mtl.tables import ClassColumn, NumberColumn, SetAside, TextColumn, read_table
+from mtl.columns import ClassColumn, NumberColumn, SetAside, TextColumn
+from mtl.tables import read_table
 
 
 def read(text: str | bytes, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], SetAside, list[int]]:
