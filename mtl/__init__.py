@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from mtl.errors import PluginError as PluginError
     from mtl.errors import RunError as RunError
     from mtl.files import ImageFiles as ImageFiles
+    from mtl.folders import Listed as Listed
     from mtl.folders import usable_files as usable_files
+    from mtl.folders import walk as walk
     from mtl.heads import DataclassHead as DataclassHead
     from mtl.heads import FeatureHead as FeatureHead
     from mtl.heads import FromClasses as FromClasses
@@ -68,7 +70,9 @@ if TYPE_CHECKING:
     from mtl.sharing import HardShared as HardShared
     from mtl.sharing import SplitAt as SplitAt
     from mtl.sharing import Unshared as Unshared
+    from mtl.tables import match_names as match_names
     from mtl.tables import read_table as read_table
+    from mtl.tables import table_columns as table_columns
     from mtl.task import Task as Task
     from mtl.trainer import RunResult as RunResult
     from mtl.units import ExchangeUnit as ExchangeUnit
@@ -90,7 +94,7 @@ _HOME = {
     "datasets": ("ArrayDataset",),
     "errors": ("ConfigError", "DataError", "MTLError", "PluginError", "RunError"),
     "files": ("ImageFiles",),
-    "folders": ("usable_files",),
+    "folders": ("Listed", "usable_files", "walk"),
     "heads": ("DataclassHead", "FeatureHead", "FromClasses", "Head"),
     "metrics": ("Metric", "torchmetric"),
     "multilabel": ("MultiLabel",),
@@ -109,7 +113,7 @@ _HOME = {
     ),
     "regression": ("Regression",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
-    "tables": ("read_table",),
+    "tables": ("match_names", "read_table", "table_columns"),
     "task": ("Task",),
     "trainer": ("RunResult",),
     "units": ("ExchangeUnit",),

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,11 +69,16 @@ class Column(ABC):
 
 
 class NumberColumn(Column):
-    """Finite numbers; `values` is float64 (N,), NaN where there is none."""
+    """Finite numbers; `values` is float64 (N,), NaN where there is none.
 
-    def __init__(self, required: bool = False) -> None:
+    Args:
+        between: the least and the greatest that are believed; None: any.
+    """
+
+    def __init__(self, required: bool = False, between: tuple[float, float] | None = None) -> None:
         super().__init__(required)
         self._values = array("d")
+        self._between = between
 
     def parse(self, text: str) -> float | None:
         if text.lower() in MISSING:
@@ -84,6 +89,8 @@ class NumberColumn(Column):
             raise ValueError("is not a number") from None
         if not math.isfinite(value) or "_" in text:
             raise ValueError("is not a finite number")
+        if self._between is not None and not self._between[0] <= value <= self._between[1]:
+            raise ValueError("is not between {:g} and {:g}".format(*self._between))
         return value
 
     def append(self, value: float | None) -> None:
@@ -100,18 +107,30 @@ class ClassColumn(Column):
 
     Args:
         names: those that are allowed, in this order; None: whatever is found, sorted (by value where all are integers).
+        also: other spellings -> one of the names.
+        missing: what else stands for no value.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, required: bool = False) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] | None = None,
+        required: bool = False,
+        also: Mapping[str, str] | None = None,
+        missing: Iterable[str] = (),
+    ) -> None:
         super().__init__(required)
         self._open = names is None
         self._code_of = {name: i for i, name in enumerate(names or ())}
+        self._also = {other: self._code_of[name] for other, name in (also or {}).items()}
+        self._missing = MISSING | {text.lower() for text in missing}
         self._codes = array("i")
 
     def parse(self, text: str) -> int | None:
         if (code := self._code_of.get(text)) is not None:
             return code
-        if text.lower() in MISSING:
+        if (code := self._also.get(text)) is not None:
+            return code
+        if text.lower() in self._missing:
             return None
         if not self._open:
             raise ValueError(f"is none of the classes {', '.join(list(self._code_of)[:8])}")

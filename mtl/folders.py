@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 OUTSIDE = "leads out of the folder"
+
+
+class Listed(NamedTuple):
+    """What a folder holds of files with certain suffixes.
+
+    Args:
+        folder: relative to the root, with slashes; empty: the root itself.
+        files: names in it, sorted.
+        refused: (name, why) of what is not used.
+    """
+
+    folder: bytes
+    files: list[bytes]
+    refused: list[tuple[bytes, str]]
+
+
+def walk(root: Path, suffixes: Sequence[str]) -> Iterator[Listed]:
+    """Every folder below `root`, itself included, that holds files with one of these suffixes (in any case), sorted by name.
+
+    As `usable_files` has it: regular files, and links whose target is under `root` too; a folder that is met again by a link is
+    not looked into twice, and names that begin with a point are skipped.
+    """
+    real = os.path.realpath(os.fsencode(root))
+    wanted = tuple(suffix.lower().encode() for suffix in suffixes)
+    met: set[bytes] = set()
+    pending = [b""]
+    while pending:
+        folder = pending.pop()
+        place = os.path.join(os.fsencode(root), folder)
+        if (target := os.path.realpath(place)) in met:
+            continue
+        met.add(target)
+        found, why = _listed(place, real)
+        if why is not None:
+            yield Listed(folder, [], [(b"", why)])
+            continue
+        files, refused, below = [], [], []
+        for name in sorted(name for name in found if not name.startswith(b".")):
+            said = found[name] if found[name] != LINK else _of_link(os.path.join(place, name), real)
+            if said == FOLDER:
+                below.append(os.path.join(folder, name))
+            elif name.lower().endswith(wanted):
+                if said:
+                    refused.append((name, said))
+                else:
+                    files.append(name)
+        pending += reversed(below)
+        if files or refused:
+            yield Listed(folder, files, refused)
 
 
 def usable_files(root: Path, names: Iterable[bytes]) -> tuple[NDArray[np.bool_], Iterator[tuple[int, str]]]:
@@ -64,6 +114,7 @@ def _refused(name: bytes, root: bytes, real: bytes) -> str | None:
 
 
 LINK = "is a link"
+FOLDER = "is a folder"
 
 
 def _listed(place: bytes, real: bytes) -> tuple[dict[bytes, str], str | None]:
@@ -82,6 +133,8 @@ def _listed(place: bytes, real: bytes) -> tuple[dict[bytes, str], str | None]:
 def _what(entry: os.DirEntry[bytes]) -> str:
     if entry.is_symlink():
         return LINK
+    if entry.is_dir(follow_symlinks=False):
+        return FOLDER
     return "" if entry.is_file(follow_symlinks=False) else "is no regular file"
 
 
@@ -90,6 +143,8 @@ def _of_link(path: bytes, real: bytes) -> str:
     target = os.path.realpath(path)
     if not _under(target, real):
         return OUTSIDE
+    if os.path.isdir(target):
+        return FOLDER
     return "" if os.path.isfile(target) else "is a link to no file"
 
 

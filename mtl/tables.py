@@ -5,6 +5,7 @@ why it was set aside.
 from __future__ import annotations
 
 import csv
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,52 @@ def read_table(
         reason = f"; set aside: {set_aside.summary()}" if set_aside.total else ""
         raise DataError(f"table {str(path)!r} has a header and no rows that can be used{reason}")
     return np.frombuffer(lines, np.int32)
+
+
+def table_columns(
+    path: str | Path, *, delimiter: str = ",", encoding: str = "utf-8", names: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The names of a table's columns: those of its header, or the first of `names` where it has none; see `read_table`.
+
+    Raises:
+        DataError: no such file, or an empty one.
+    """
+    path = Path(path)
+    with _rows(path, delimiter, encoding) as rows:
+        first = next(rows, (0, ""))[1]
+    if not first or isinstance(first, str):
+        raise DataError(f"table {str(path)!r} has no first row" + (f": {first}" if first else ""))
+    headless = names is not None and first[0].lower() != names[0].lower()
+    return tuple(list(names or ())[: len(first)] if headless else first)
+
+
+def match_names(names: Iterable[bytes], table: Iterable[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which row of a table speaks of which name; names are compared by their hash of 128 bits, in 16 bytes each.
+
+    Args:
+        names: N of them.
+        table: the name in each of M rows.
+
+    Returns:
+        (N,): the first row of each name, -1 where there is none; and, ascending, the rows whose name an earlier one has.
+    """
+    wanted, held = _hashes(names), _hashes(table)
+    order = np.argsort(held, kind="stable")
+    ranked = held[order]
+    again = np.zeros(len(held), bool)
+    again[1:] = ranked[1:] == ranked[:-1]
+    if not len(held):
+        return np.full(len(wanted), -1), np.empty(0, np.int64)
+    place = np.searchsorted(ranked, wanted)  # of the first that is equal, if there is one
+    row = order[np.minimum(place, len(held) - 1)]
+    return np.where(held[row] == wanted, row, -1), np.sort(order[again])
+
+
+def _hashes(names: Iterable[bytes]) -> NDArray[np.bytes_]:
+    text = bytearray()
+    for name in names:
+        text += hashlib.blake2b(name, digest_size=16).digest()
+    return np.frombuffer(bytes(text), "S16")
 
 
 Wanted = Sequence[tuple[int, str, Column]]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl.folders import usable_files
+from mtl.folders import usable_files, walk
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_what_is_there_is_used(name: str, root: Path) -> None:
         ("out/4.jpg", "leads out"),
         ("nowhere.jpg", "link to no file"),
         ("loop.jpg", "link to no file"),
-        ("folder.jpg", "link to no file"),
+        ("folder.jpg", "is a folder"),
         ("fifo.jpg", "no regular file"),
-        ("a/deep", "no regular file"),
+        ("a/deep", "is a folder"),
         ("a\\2.jpg", "backslash"),
         ("..\\secret.jpg", "backslash"),
         ("1.jpg\0.png", "zero byte"),
@@ -127,3 +127,28 @@ def test_nothing_is_opened(root: Path) -> None:
     real = root.resolve()
     assert opened
     assert all(Path(path).resolve().is_relative_to(real) for path in opened)
+
+
+def test_a_walk_finds_what_the_table_of_it_would_use(root: Path) -> None:
+    """Links inside are followed, once; nothing outside is looked at, hidden folders neither."""
+    (root / ".git").mkdir()
+    (root / ".git" / "9.jpg").write_bytes(b"x")
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "4.PNG").write_bytes(b"x")
+    (root / "a" / "notes.txt").write_bytes(b"x")
+    found = {one.folder: one for one in walk(root, (".jpg", ".png"))}
+    assert {folder: one.files for folder, one in found.items()} == {
+        b"": [b"1.jpg", b"inward.jpg"],
+        b"a": [b"2.jpg", b"4.PNG", b"caf\xe9.jpg"],
+        b"a/deep": [b"3.jpg"],
+    }
+    refused = {os.path.join(one.folder, name): why for one in found.values() for name, why in one.refused}
+    assert refused == {
+        b"fifo.jpg": "is no regular file",
+        b"loop.jpg": "is a link to no file",
+        b"nowhere.jpg": "is a link to no file",
+        b"outward.jpg": "leads out of the folder",
+    }
+    names = [os.path.join(one.folder, name) for one in found.values() for name in one.files]
+    assert usable_files(root, names)[0].all()
+    assert [one.folder for one in walk(root / "none", (".jpg",))] == [b""]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import mtl
 from mtl.columns import ClassColumn, NumberColumn, SetAside, TextColumn
-from mtl.tables import read_table
+from mtl.tables import match_names, read_table, table_columns
 
 
 def read(text: str | bytes, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], SetAside, list[int]]:
@@ -164,3 +164,36 @@ def test_whatever_is_written_is_read_or_set_aside(
     lost = sum(count for why, count in set_aside.counts.items() if why.startswith("rows"))
     assert len(lines) + lost == 1 + len(rows)
     assert not np.isinf(age.values).any()
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=3), max_size=30), st.lists(st.binary(max_size=3), max_size=30))
+def test_names_are_matched_as_a_dictionary_would(names: list[bytes], table: list[bytes]) -> None:
+    first: dict[bytes, int] = {}
+    again = [row for row, name in enumerate(table) if first.setdefault(name, row) != row]
+    rows, twice = match_names(names, table)
+    assert rows.tolist() == [first.get(name, -1) for name in names]
+    assert twice.tolist() == again
+
+
+def test_a_number_outside_its_range_and_another_spelling(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("age,sex\n30,m\n150,F\n-1,male\n7,0\n")
+    age, set_aside = NumberColumn(between=(0, 120)), SetAside()
+    sex = ClassColumn(("female", "male"), also={"m": "male", "F": "female"}, missing=["0"])
+    read_table(tmp_path / "t.csv", [("age", age), ("sex", sex)], set_aside)
+    assert [value if value == value else None for value in age.values] == [30, None, None, 7]
+    assert sex.codes.tolist() == [1, 0, 1, -1]
+    assert [why for _, why in set_aside.listed] == ["age '150' is not between 0 and 120", "age '-1' is not between 0 and 120"]
+
+
+def test_the_columns_of_a_table_with_a_header_and_without(tmp_path: Path) -> None:
+    names = ("id", "name", "age")
+    for text, expected in (("ID, n, age\n1, a, 3\n", ("ID", "n", "age")), ("7, a\n", ("id", "name")), ("7,a,b,c\n", names)):
+        (tmp_path / "t.csv").write_text(text)
+        assert table_columns(tmp_path / "t.csv", names=names) == expected
+    for text in ("", "\n"):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(mtl.DataError, match="has no first row"):
+            table_columns(tmp_path / "t.csv")
