@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mtl.columns import SetAside
 from mtl.data import Samples, Split
 from mtl.files import FileImages
 from mtl.tables import write_csv
@@ -50,17 +51,25 @@ class Aside:
 
     def _counted(self, name: str) -> Counter[str]:
         parts = self._parts()[name]
-        counts = Counter(parts[0].set_aside.counts)  # a dataset says the same with each of its splits
+        counts: Counter[str] = Counter()
+        for found in _set_aside(parts):
+            counts += found.counts
         counts["image files that cannot be read"] += sum(len(_unreadable(part)) for part in parts)
         return Counter(dict((+counts).most_common()))
 
     def _listed(self) -> Iterator[tuple[str, str, str]]:
         for name, parts in self._parts().items():
-            for where, why in parts[0].set_aside.listed:
-                yield name, where, why
+            for found in _set_aside(parts):
+                for where, why in found.listed:
+                    yield name, where, why
             for part in parts:
                 for path, why in _unreadable(part).items():
                     yield name, os.fsdecode(path), why
+
+
+def _set_aside(parts: Sequence[Samples]) -> list[SetAside]:
+    """What a dataset's splits say; some say the same one thing."""
+    return list({id(part.set_aside): part.set_aside for part in parts}.values())
 
 
 def _unreadable(part: Samples) -> dict[bytes, str]:

@@ -35,6 +35,11 @@ class SetAside:
         if len(self.listed) < LISTED:
             self.listed.append((where, why))
 
+    def take(self, other: SetAside) -> None:
+        """All that another one holds, too."""
+        self.counts.update(other.counts)
+        self.listed += other.listed[: LISTED - len(self.listed)]
+
     @property
     def total(self) -> int:
         """How many in all."""
