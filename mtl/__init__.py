@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from mtl.sharing import HardShared as HardShared
     from mtl.sharing import SplitAt as SplitAt
     from mtl.sharing import Unshared as Unshared
+    from mtl.subsets import hashed_split as hashed_split
     from mtl.tables import match_names as match_names
     from mtl.tables import read_table as read_table
     from mtl.tables import table_columns as table_columns
@@ -113,6 +114,7 @@ _HOME = {
     ),
     "regression": ("Regression",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
+    "subsets": ("hashed_split",),
     "tables": ("match_names", "read_table", "table_columns"),
     "task": ("Task",),
     "trainer": ("RunResult",),

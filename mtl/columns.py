@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mtl.errors import DataError
+
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown", "undefined", "?", "-"})
 """What stands for no value, in any case."""
 LISTED = 1000
@@ -39,6 +41,29 @@ class SetAside:
         """All that another one holds, too."""
         self.counts.update(other.counts)
         self.listed += other.listed[: LISTED - len(self.listed)]
+
+    def refuse_above(self, share: float, used: int, what: str, kinds: str | tuple[str, ...] = "") -> None:
+        """Refuse data of which too much was set aside.
+
+        Args:
+            share: of all that may be.
+            used: how many were not.
+            what: they are.
+            kinds: only what is counted under something that begins so counts.
+
+        Raises:
+            DataError: more than that was, or nothing is left.
+        """
+        lost = sum(count for why, count in self.counts.items() if why.startswith(kinds))
+        if used and lost <= share * (used + lost):
+            return
+        if not lost:
+            raise DataError(f"there are no {what}")
+        first = "; ".join(f"{where}: {why}" for where, why in self.listed[:3])
+        raise DataError(
+            f"{lost:,} of {used + lost:,} {what} cannot be used ({self.summary()}), more than bad={share:g} allows; the first: "
+            f"{first}"
+        )
 
     @property
     def total(self) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtl.seeding import permutation
@@ -48,3 +51,9 @@ def _steps(dimensions: int) -> list[float]:
 def how_many(given: int | float, total: int) -> int:
     """A count, or a share of `total` (a float), as a count."""
     return given if isinstance(given, int) else round(given * total)
+
+
+def hashed_split(names: Iterable[bytes], share: float) -> NDArray[np.bool_]:
+    """bool (N,): the names that belong to a share of all, each decided by its own hash: what is added moves nothing."""
+    limit = int(share * 2**64)
+    return np.array([int.from_bytes(blake2b(name, digest_size=8).digest(), "big") < limit for name in names], bool)

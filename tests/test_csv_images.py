@@ -80,6 +80,23 @@ def test_the_readmes_config_is_one(root: Path, in_tmp: Path) -> None:
     assert set(result.test) == {"breed", "weight", "score"}
 
 
+def test_the_example_for_own_tables_is_one(root: Path, in_tmp: Path) -> None:
+    with open(root / "pets.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with open(root / "pets.csv", "w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["path", "breed", "weight", "size", "owner"])
+        for row in rows:
+            size = ("small", "medium", "large")[min(2, int(float(row["weight"]) / 3))]
+            table.writerow([row["path"], row["colour"], row["weight"], size, row["owner"]])
+    config = mtl.load_config(
+        ROOT / "examples" / "configs" / "my_csv.yaml",
+        [f"data.root={root}", "epochs=1", "device=cpu", "data.workers=0", "data.datasets.csv_images.size=[16,16]"],
+    )
+    result = mtl.train(config, "run")
+    assert set(result.test) == {"breed", "size", "weight", "score"}
+
+
 def test_groups_are_never_parted(root: Path) -> None:
     whole = RunConfig(
         **{

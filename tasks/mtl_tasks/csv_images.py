@@ -13,9 +13,7 @@ both are counted and listed with file and line.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -129,32 +127,15 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     kept, refused = mtl.usable_files(folder, names)
     for row, why in refused:
         set_aside.add(f"{file}:{lines[row]}", f"{options.images} {os.fsdecode(names[row])!a} {why}", f"files: {why}")
-    lost = sum(count for why, count in set_aside.counts.items() if not why.startswith("values of"))
-    total = len(names) + sum(count for why, count in set_aside.counts.items() if why.startswith("rows"))
-    if lost > options.bad * total or not kept.any():
-        first = "; ".join(f"{where}: {why}" for where, why in set_aside.listed[:3])
-        raise mtl.DataError(
-            f"{lost:,} of {total:,} rows of {str(file)!r} cannot be used ({set_aside.summary()}), more than bad={options.bad} "
-            f"allows; the first: {first}"
-        )
+    set_aside.refuse_above(options.bad, int(kept.sum()), f"rows of {str(file)!r}", ("rows", "files"))
     groups = group.codes if options.group is not None else None
     if options.split is not None:
         where = np.array(list(SPLITS.values()), np.int8)[split.codes]
     elif groups is not None:
-        where = _hashed([name.encode() for name in group.names], options.test)[groups]
+        where = 2 * mtl.hashed_split((name.encode() for name in group.names), options.test)[groups].astype(np.int8)
     else:
-        where = _hashed(names, options.test)
+        where = 2 * mtl.hashed_split(names, options.test).astype(np.int8)
     return Table(folder, names, where, classes, numbers, groups, kept, set_aside)
-
-
-def _hashed(names: Iterable[bytes], share: float) -> NDArray[np.int8]:
-    """2 (test) for a share of these names, else 0: of each name by itself."""
-    limit = int(share * 2**64)
-    return np.array([2 * (_hash(name) < limit) for name in names], np.int8)
-
-
-def _hash(name: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
 class ColumnOptions(mtl.Options):

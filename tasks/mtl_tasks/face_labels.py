@@ -215,13 +215,7 @@ def _rows(
     """
     own = mtl.SetAside()
     lines = mtl.read_table(file, columns, own, names=names)
-    lost = sum(count for why, count in own.counts.items() if why.startswith("rows"))
-    if lost > bad * (lost + len(lines)):
-        first = "; ".join(f"{where}: {why}" for where, why in own.listed[:3])
-        total = lost + len(lines)
-        raise mtl.DataError(
-            f"{lost:,} of {total:,} rows of {str(file)!r} cannot be used, more than bad={bad}; the first: {first}"
-        )
+    own.refuse_above(bad, len(lines), f"rows of {str(file)!r}", "rows")
     set_aside.take(own)
     return lines
 

@@ -81,7 +81,7 @@ def faces(split: mtl.Split, folder: Path, options: FacesOptions) -> mtl.ImageFil
     if options.boxes is not None:
         boxes, having = _boxes(folder / options.boxes / BOXES.format(split=split), index, set_aside)
         index, boxes = index.only(having), boxes[having]
-    _check_share(folder, split, index, set_aside, options.bad)
+    set_aside.refuse_above(options.bad, len(index), f"{split} images in {str(folder)!r}", "files")
     of_identity, _ = mtl.match_names(index.identities, tables.identities[0])
     said = tables.identities[1].at(of_identity[index.identity])
     for names, more in (tables.maad, tables.images):
@@ -166,17 +166,6 @@ class _Index:
         for name in compress(self.names, which):
             names.append(name)
         return _Index(self.identities, self.identity[which], names)
-
-
-def _check_share(folder: Path, split: str, index: _Index, set_aside: mtl.SetAside, bad: float) -> None:
-    lost = sum(count for why, count in set_aside.counts.items() if why.startswith("files"))
-    total = lost + len(index)
-    if not len(index) or lost > bad * total:
-        first = "; ".join(f"{where}: {why}" for where, why in set_aside.listed[:3])
-        raise mtl.DataError(
-            f"{lost:,} of {total:,} {split} images in {str(folder)!r} cannot be used, more than bad={bad} allows"
-            + (f"; the first: {first}" if first else "")
-        )
 
 
 def _boxes(file: Path, index: _Index, set_aside: mtl.SetAside) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
