@@ -66,6 +66,8 @@ class Setting:
         datasets: task -> the dataset that it is of.
         epoch_steps: (task, share of the data) -> the length of an epoch of its single-task run where its own would differ from
             that of all tasks together, so that every arm takes equally many steps; else None.
+        batch_sizes: dataset -> its samples in a batch.
+        input_shape: that images of all datasets are brought to; None: they are left alone.
         parameters: trained numbers of a config's network.
     """
 
@@ -73,6 +75,8 @@ class Setting:
     points: tuple[str, ...]
     datasets: Mapping[str, str]
     epoch_steps: Callable[[str, float], int | None]
+    batch_sizes: Mapping[str, int]
+    input_shape: tuple[int, int, int] | None
     parameters: Callable[[RunConfig], int]
 
 
@@ -150,7 +154,9 @@ class Separate(Arm):
         data = tree["data"]
         data["datasets"] = {name: given for name, given in data["datasets"].items() if name == setting.datasets[task]}
         data["labelled"] = {name: given for name, given in data["labelled"].items() if name == task}
-        data["fraction"] = fraction
+        data["class_balanced"] = [name for name in data["class_balanced"] if name == task]
+        data |= {"fraction": fraction, "mixing": "equal", "input_shape": setting.input_shape}
+        tree["batch_size"] = setting.batch_sizes[setting.datasets[task]]
         others = [name for name in (one.name for one in setting.base.tasks) if name != task]
         tree["optim"]["freeze"] = without(
             tree["optim"]["freeze"], ["units", *[f"{part}.{name}" for part in ("towers", "heads") for name in others]]
@@ -174,7 +180,7 @@ def _unequal(config: RunConfig, base: RunConfig) -> list[str]:
     """Keys in which a config differs from the comparison's, and in which arms may not differ."""
     found = [] if [task.name for task in config.tasks] == [task.name for task in base.tasks] else ["tasks"]
     found += [] if config.seed == base.seed else ["seed"]
-    of_data = ("fraction", "labelled", "validation", "split_seed", "datasets", "root")
+    of_data = ("fraction", "labelled", "input_shape", "validation", "split_seed", "datasets", "root")
     return found + [f"data.{key}" for key in of_data if getattr(config.data, key) != getattr(base.data, key)]
 
 

@@ -8,7 +8,7 @@ are files are decoded ahead of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mtl.data import Samples
 from mtl.errors import ConfigError
 from mtl.options import Options
+from mtl.sampling import Mixing, class_balanced, earlier
 from mtl.seeding import hash_uniform, permutation
 
 
@@ -79,17 +80,23 @@ Step = list[list[Batch]]
 class Feed:
     """The training batches of one or several datasets.
 
-    The dataset with the most samples drives: an epoch is one pass over it. The others take as many batches of the same size,
-    in passes of their own over fresh permutations.
+    One dataset drives: an epoch is one pass over it. The others take as many batches, in passes of their own over fresh
+    permutations. `mixing` says which one it is, and how many samples of each are in a batch.
 
     Args:
         samples: dataset name -> its training samples.
-        batch_size: samples per dataset and micro-batch. A remainder of one joins the batch before it: batch norm refuses it.
+        batch_size: samples per dataset and micro-batch, on average. A remainder of one joins the batch before it: batch norm
+            refuses it.
         accumulate: micro-batches per step.
         seed: of the run.
         augment: applied to images.
         epoch_steps: length of an epoch; None: one pass over the largest dataset. A longer one goes on with further passes, each
             in an order of its own; a shorter one sees a part, another one each time.
+        mixing: of several datasets.
+        balanced: tasks whose classes are drawn equally often, one of a dataset at most.
+
+    Raises:
+        ConfigError: augmentation of what is no image, or classes to be balanced that are none.
     """
 
     def __init__(
@@ -100,6 +107,8 @@ class Feed:
         seed: int,
         augment: Augment | None = None,
         epoch_steps: int | None = None,
+        mixing: Mixing | None = None,
+        balanced: Sequence[str] = (),
     ) -> None:
         self.samples = {name: samples[name] for name in sorted(samples)}
         self.augment = augment or Augment()
@@ -110,27 +119,66 @@ class Feed:
                 raise ConfigError([f"data.augment.crop={self.augment.crop} is not below the image size {part.shape[-2:]}"])
         self.seed = seed
         self.accumulate = accumulate
-        longest = max(len(part) for part in self.samples.values())
-        self.bounds = batch_bounds(longest if epoch_steps is None else epoch_steps * accumulate * batch_size, batch_size)
-        self.steps_per_epoch = math.ceil(len(self.bounds) / accumulate)
+        mixing = mixing or Mixing()
+        counts = {name: len(part) for name, part in self.samples.items()}
+        self.batch_sizes = mixing.batch_sizes(counts, batch_size)
+        self.bounds = self._bounds(counts, mixing.epoch, None if epoch_steps is None else epoch_steps * accumulate)
+        self.steps_per_epoch = math.ceil(len(next(iter(self.bounds.values()))) / accumulate)
+        self.classes = {name: found for name in self.samples if (found := self._balanced(name, balanced)) is not None}
+
+    def _bounds(self, counts: Mapping[str, int], epoch: str, needed: int | None) -> dict[str, list[tuple[int, int]]]:
+        """Dataset -> (start, stop) of each of its batches in an epoch; equally many for all."""
+        passes = {name: batch_bounds(count, self.batch_sizes[name]) for name, count in counts.items()}
+        chosen = max if epoch == "longest" else min
+        driver = chosen(passes, key=lambda name: (len(passes[name]), counts[name]))
+        bounds = {}
+        for name, size in self.batch_sizes.items():
+            if needed is not None:
+                bounds[name] = batch_bounds(needed * size, size)
+            elif size == self.batch_sizes[driver]:
+                bounds[name] = passes[driver]
+            elif len(passes[name]) == len(passes[driver]):
+                bounds[name] = passes[name]
+            else:
+                bounds[name] = batch_bounds(len(passes[driver]) * size, size)
+        return bounds
+
+    def _balanced(self, name: str, tasks: Sequence[str]) -> Tensor | None:
+        """The classes (N,) of a dataset that are drawn equally often, -1 where a sample has none; None: it does not matter."""
+        part = self.samples[name]
+        wanted = [task for task in tasks if task in part.targets]
+        if len(wanted) > 1:
+            raise ConfigError([f"data.class_balanced: {' and '.join(wanted)} are both of dataset {name!r}; only one can be"])
+        if not wanted:
+            return None
+        target, mask = part.targets[wanted[0]].cpu(), part.valid[wanted[0]]
+        if target.ndim != 1 or target.is_floating_point():
+            raise ConfigError([f"data.class_balanced: the labels of {wanted[0]!r} are no classes, one of several per sample"])
+        return target if mask is None else torch.where(mask.cpu(), target, -1)
 
     def epoch(self, epoch: int) -> Iterator[Step]:
         """The steps of epoch `epoch` (from 1)."""
         batches = {name: self._batches(name, epoch) for name in self.samples}
-        for i in range(0, len(self.bounds), self.accumulate):
-            micro = self.bounds[i : i + self.accumulate]
-            yield [[next(of_dataset) for of_dataset in batches.values()] for _ in micro]
+        count = len(next(iter(self.bounds.values())))
+        for i in range(0, count, self.accumulate):
+            yield [[next(of_dataset) for of_dataset in batches.values()] for _ in range(min(self.accumulate, count - i))]
 
     def _batches(self, name: str, epoch: int) -> Iterator[Batch]:
         """As many batches of dataset `name` as the driving dataset has: pass after pass, each in an order of its own."""
-        part, needed = self.samples[name], self.bounds[-1][1]
-        passes = math.ceil(needed / len(part))
-        order = torch.cat([permutation(len(part), self.seed, "order", name, epoch, i) for i in range(passes)])[:needed]
-        turn = torch.arange(passes).repeat_interleave(len(part))[:needed]
+        part, bounds = self.samples[name], self.bounds[name]
+        needed = bounds[-1][1]
+        order = torch.cat([self._order(name, epoch, i) for i in range(math.ceil(needed / len(part)))])[:needed]
         device = part.images.device
-        index, sample = order.to(device), (order + turn * len(part)).to(device)
-        for (a, b), (images, unread) in zip(self.bounds, part.image_batches(self.bounds, order), strict=True):
+        index, sample = order.to(device), (order + earlier(order) * len(part)).to(device)
+        for (a, b), (images, unread) in zip(bounds, part.image_batches(bounds, order), strict=True):
             yield _batch(part, index[a:b], self.augment(images, sample[a:b], self.seed, "augment", name, epoch), unread)
+
+    def _order(self, name: str, epoch: int, turn: int) -> Tensor:
+        """Of the samples of a dataset in one of its passes in an epoch."""
+        stream = ("order", name, epoch, turn)
+        if name in self.classes:
+            return class_balanced(self.classes[name], self.seed, *stream)
+        return permutation(len(self.samples[name]), self.seed, *stream)
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:

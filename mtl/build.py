@@ -32,6 +32,7 @@ from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
+from mtl.resizing import brought_to, common_shape
 from mtl.rundir import make_directory, refuse_to_overwrite
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
@@ -75,6 +76,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
     tasks = make_tasks(config)
     samples = load_data(config, tasks, decoders=decoders)
     tasks = fit_heads(tasks, samples[Split.TRAIN])
+    config, samples, brought = in_one_shape(config, samples)
     model = model_of(config, tasks, input_shape(samples[Split.TRAIN]))
     for name, standardize in model.inputs.items():
         assert isinstance(standardize, Standardize)
@@ -115,7 +117,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),
         decoders=decoders,
-        notes=[*why_not, *notes],
+        notes=[*brought, *why_not, *notes],
         warm_up_seconds=seconds,
     )
 
@@ -167,24 +169,35 @@ def load_data(
     return samples
 
 
+def in_one_shape(
+    config: RunConfig, samples: Mapping[Split, Mapping[str, Samples]]
+) -> tuple[RunConfig, dict[Split, dict[str, Samples]], list[str]]:
+    """The samples with images of one shape, the config that says which if some were changed, and a line about those."""
+    training = samples[Split.TRAIN]
+    shape = common_shape(training, config.data.input_shape)
+    changed = [f"{name} from {part.shape}" for name, part in training.items() if part.shape != shape]
+    if changed:
+        config = config.replaced(data=config.data.model_copy(update={"input_shape": shape}))
+    found = {split: {name: brought_to(part, shape) for name, part in parts.items()} for split, parts in samples.items()}
+    return config, found, [f"images are brought to {shape}: {', '.join(changed)}"] if changed else []
+
+
 def make_feed(config: RunConfig, training: Mapping[str, Samples]) -> Feed:
     """The batches of a config's epochs."""
     accumulate, augment = config.optim.accumulate, config.data.augment
-    return Feed(training, config.batch_size, accumulate, config.seed, augment, config.epoch_steps)
+    data = config.data
+    return Feed(
+        training, config.batch_size, accumulate, config.seed, augment, config.epoch_steps, data.mixing, data.class_balanced
+    )
 
 
 def input_shape(training: Mapping[str, Samples]) -> tuple[int, ...]:
     """The one shape of all samples, (C, H, W) or (D,).
 
     Raises:
-        DataError: datasets whose samples differ in shape; towers that exchange must agree.
+        DataError: datasets whose samples differ in shape and cannot be brought to one.
     """
-    shapes = {name: part.shape for name, part in training.items()}
-    first = next(iter(shapes.values()))
-    if any(shape != first for shape in shapes.values()):
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise DataError(f"datasets trained together must have samples of one shape; found {found}; resize or pad them")
-    return first
+    return common_shape(training)
 
 
 def model_of(config: RunConfig, tasks: list[Task], shape: tuple[int, ...], pretrained: bool = True) -> MultiTaskModel:
@@ -245,6 +258,8 @@ def evaluate_run(
         samples = load_data(config, tasks, [Split(split)], decoders)[Split(split)]
         if not samples:
             raise DataError(f"this run has no {split} split")
+        shape = common_shape(samples, config.data.input_shape)
+        samples = {name: brought_to(part, shape) for name, part in samples.items()}
         model = model_with_weights(directory, config, tasks, input_shape(samples), weights)
         figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}
@@ -300,6 +315,8 @@ class Survey:
         samples: split -> dataset -> how many.
         labelled: task -> training samples with its label.
         epoch_steps: updates in an epoch.
+        batch_sizes: dataset -> its samples in a batch.
+        input_shape: that images were brought to; None: they were left alone.
     """
 
     tasks: list[Task]
@@ -308,6 +325,8 @@ class Survey:
     samples: dict[str, dict[str, int]]
     labelled: dict[str, int]
     epoch_steps: int
+    batch_sizes: dict[str, int]
+    input_shape: tuple[int, int, int] | None
 
 
 def survey(config: RunConfig) -> Survey:
@@ -319,8 +338,10 @@ def survey(config: RunConfig) -> Survey:
     with make_decoders(config) as decoders:
         tasks = make_tasks(config)
         samples = load_data(config, tasks, decoders=decoders)
+        tasks = fit_heads(tasks, samples[Split.TRAIN])
+        config, samples, _ = in_one_shape(config, samples)
         training = samples[Split.TRAIN]
-        tasks = fit_heads(tasks, training)
+        feed = make_feed(config, training)
         shape = input_shape(training)
         model = model_of(config, tasks, shape, pretrained=False)
         return Survey(
@@ -329,7 +350,9 @@ def survey(config: RunConfig) -> Survey:
             points=tuple(point.name for point in model.points[:-1]),
             samples={split: {name: len(part) for name, part in parts.items()} for split, parts in samples.items()},
             labelled={task.name: _samples_with_label(training[task.dataset], task.name) for task in tasks},
-            epoch_steps=make_feed(config, training).steps_per_epoch,
+            epoch_steps=feed.steps_per_epoch,
+            batch_sizes=feed.batch_sizes,
+            input_shape=config.data.input_shape,
         )
 
 

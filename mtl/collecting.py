@@ -19,6 +19,7 @@ from mtl.jobs import finished
 from mtl.metrics import relative_of
 from mtl.progress import Progress
 from mtl.rundir import DISTRIBUTION, environment
+from mtl.sampling import Mixing
 
 FORMAT = 1
 """Of `results.json`."""
@@ -52,13 +53,16 @@ class Facts:
             points=about.points,
             datasets={task.name: task.dataset for task in about.tasks},
             epoch_steps=self._epoch_steps,
+            batch_sizes=about.batch_sizes,
+            input_shape=about.input_shape,
             parameters=lambda config: self.cost(config)[0],
         )
 
     def _epoch_steps(self, task: str, fraction: float) -> int | None:
         about, dataset = self.survey(fraction), self.setting.datasets[task]
         training = about.samples[Split.TRAIN]
-        if about.labelled[task] == training[dataset] == max(training.values()):
+        alone = len(training) == 1 or (self.base.data.mixing == Mixing() and training[dataset] == max(training.values()))
+        if about.labelled[task] == training[dataset] and alone:
             return None
         return about.epoch_steps
 

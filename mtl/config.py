@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    PositiveInt,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -31,6 +32,7 @@ from mtl.errors import ConfigError, unknown
 from mtl.optim import OptimConfig
 from mtl.options import Options, problems, within
 from mtl.registry import BACKBONES, BALANCERS, TASKS
+from mtl.sampling import Mixing
 from mtl.sharing import Sharing, Unshared
 
 
@@ -54,6 +56,13 @@ class DataConfig(Options):
     bad_files: float = Field(0.01, ge=0, le=1)
     """Share of a split's image files that may turn out to be unreadable: their labels are taken for missing, and they are
     listed in the run's set_aside.csv. More is an error."""
+    input_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """(channels, height, width) that the images of every dataset are brought to. null: as they are; where datasets differ, the
+    largest of each, which `config.yaml` then records."""
+    mixing: Mixing = Mixing()
+    """How a step's batches are made of several datasets: equal, proportional, or {policy: temperature, temperature: 2}."""
+    class_balanced: tuple[str, ...] = ()
+    """Tasks of which every class is drawn equally often in training, one of a dataset at most; evaluation is as it was."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training samples that is used, once validation samples are held out: every combination of integer labels in
     proportion, a smaller share part of a larger one, and the same whatever the run's seed and tasks."""
@@ -186,6 +195,8 @@ class RunConfig(Options):
             raise ValueError(f"init_from: {unknown('task', wrong[0], names)}")
         if wrong := [name for name in self.data.labelled if name not in names]:
             raise ValueError(f"data.labelled: {unknown('task', wrong[0], names)}")
+        if wrong := [name for name in self.data.class_balanced if name not in names]:
+            raise ValueError(f"data.class_balanced: {unknown('task', wrong[0], names)}")
         return self
 
     @model_validator(mode="after")

@@ -487,7 +487,9 @@ def test_options_change_only_on_purpose() -> None:
     assert keys(mtl.RunConfig) == [
         "tasks", "backbone", "sharing", "balancer", "init_from",
         "data.root", "data.validation", "data.split_seed", "data.standardize", "data.augment.crop", "data.augment.flip",
-        "data.workers", "data.bad_files", "data.fraction", "data.labelled", "data.datasets",
+        "data.workers", "data.bad_files", "data.input_shape",
+        "data.mixing.policy", "data.mixing.temperature", "data.mixing.epoch", "data.class_balanced",
+        "data.fraction", "data.labelled", "data.datasets",
         "optim.name", "optim.lr", "optim.momentum", "optim.l2", "optim.weight_decay", "optim.schedule", "optim.warmup_epochs",
         "optim.clip_norm", "optim.freeze", "optim.accumulate",
         "epochs", "max_steps", "epoch_steps", "batch_size", "patience", "precision", "execution",

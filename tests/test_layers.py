@@ -38,6 +38,8 @@ RANK = {
     "stacking": 0,
     "stats": 0,
     "subsets": 1,
+    "sampling": 2,
+    "resizing": 5,
     "columns": 1,
     "tables": 2,
     "tracking": 0,
