@@ -167,6 +167,30 @@ def compare(
 
 
 @app.command()
+def pack(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A registered one, such as vggface2.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Options of the dataset, as in 'size=[112,112]'.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to pack into. Default: packed/DATASET under the data root.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the datasets. Default: MTL_DATA_ROOT, or ./data.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")] = None,
+    bad_files: Annotated[float, typer.Option(min=0, max=1, help="Share of a split's files that may be unreadable.")] = 0.01,
+    verify: Annotated[bool, typer.Option("--verify", help="Only read back what is packed, and compare digests.")] = False,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Decode and resize a dataset's images once, into files that are read at memory's speed; goes on where it was cut."""
+    with json_only(as_json):
+        load_plugins(plugin)
+        from mtl import packing
+        from mtl.progress import for_terminal
+
+        about = packing.from_command(dataset, options or [], out, data, workers, bad_files, verify, for_terminal())
+    show(about, as_json)
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",

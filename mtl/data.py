@@ -11,14 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from mtl.columns import SetAside
 from mtl.datasets import Dataset
 from mtl.errors import DataError, MTLError, PluginError, unknown
-from mtl.files import FileImages, Reading
+from mtl.files import Reading
 from mtl.heads import Head
 from mtl.options import Options
 from mtl.registry import DATASETS, Plugin
@@ -35,6 +37,20 @@ class Split(StrEnum):
     TEST = "test"
 
 
+class LazyImages(Protocol):
+    """Images that are not in memory as a tensor (N, C, H, W), and are used as one: files, or a file of all."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def __len__(self) -> int: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    def __getitem__(self, index: Tensor | slice) -> Tensor: ...
+    def batches(self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None) -> Iterator[tuple[Tensor, list[int]]]: ...
+    def brought_to(self, shape: tuple[int, ...]) -> LazyImages: ...
+
+
 @dataclass(frozen=True)
 class Samples:
     """One split of one dataset for the training device, with the targets of the tasks that use it.
@@ -48,7 +64,7 @@ class Samples:
     """
 
     dataset: str
-    images: Tensor | FileImages
+    images: Tensor | LazyImages
     targets: Mapping[str, Tensor]
     valid: Mapping[str, Tensor | None]
     labelled: Mapping[str, int]
@@ -74,7 +90,7 @@ class Samples:
             bounds: of each batch.
             order: int64 on the CPU, of the positions that `bounds` are about; None: as they are, then without a copy.
         """
-        if isinstance(self.images, FileImages):
+        if not isinstance(self.images, Tensor):
             yield from self.images.batches(bounds, order)
             return
         order = None if order is None else order.to(self.images.device)
@@ -185,7 +201,7 @@ def checked_splits(
     return samples
 
 
-def load_dataset(plugin: Plugin, split: Split, root: Path, options: Options | None) -> Dataset | None:
+def load_dataset(plugin: Plugin, split: Split, root: Path, options: BaseModel | None) -> Dataset | None:
     """One split as the plugin gives it; None where it says that its options leave none for validation or testing.
 
     Raises:

@@ -171,6 +171,12 @@ class FileImages:
         images.boxes = None if self.boxes is None else self.boxes[index]
         return images
 
+    def brought_to(self, shape: tuple[int, ...]) -> FileImages:
+        """The same images, decoded to (C, H, W) of this shape."""
+        images = copy(self)
+        images.channels, images.size = shape[0], (shape[1], shape[2])
+        return images
+
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """uint8 (B, C, H, W) on the device; read here and now, by this process.
 

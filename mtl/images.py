@@ -81,6 +81,14 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
 
 
+def resize_batch(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, C, H, W) of any dtype -> (B, *shape) of that dtype: bilinear with antialiasing, grey repeated for each channel."""
+    if tuple(x.shape[2:]) != tuple(shape[1:]):
+        found = F.interpolate(x.float(), shape[1:], mode="bilinear", antialias=True)
+        x = found.to(x.dtype) if x.is_floating_point() else found.round_().clamp_(0, 255).to(x.dtype)
+    return x if x.shape[1] == shape[0] else x.expand(-1, shape[0], -1, -1).contiguous()
+
+
 def _contents(path: Path | str | bytes) -> bytearray:
     """The bytes of a file, by one read."""
     try:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mtl.data import Samples
 from mtl.errors import DataError
-from mtl.files import FileImages
+from mtl.images import resize_batch
 
 CHUNK = 1024
 """Images that are resized at a time."""
@@ -53,16 +51,6 @@ def brought_to(part: Samples, shape: Shape) -> Samples:
     """
     if part.shape == shape:
         return part
-    if isinstance(part.images, FileImages):
-        images = copy(part.images)
-        images.channels, images.size = shape[0], (shape[1], shape[2])
-        return replace(part, images=images)
-    return replace(part, images=torch.cat([_resized(piece, shape) for piece in part.images.split(CHUNK)]))
-
-
-def _resized(x: Tensor, shape: Shape) -> Tensor:
-    """(B, C, H, W) of any dtype -> (B, *shape) of that dtype."""
-    if tuple(x.shape[2:]) != shape[1:]:
-        found = F.interpolate(x.float(), shape[1:], mode="bilinear", antialias=True)
-        x = found.to(x.dtype) if x.is_floating_point() else found.round_().clamp_(0, 255).to(x.dtype)
-    return x.expand(-1, shape[0], -1, -1).contiguous()
+    if isinstance(part.images, Tensor):
+        return replace(part, images=torch.cat([resize_batch(piece, shape) for piece in part.images.split(CHUNK)]))
+    return replace(part, images=part.images.brought_to(shape))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mtl.data import Samples
 from mtl.errors import ConfigError
-from mtl.files import FileImages
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -55,7 +54,7 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def fit(self, part: Samples) -> None:
-        """Take mean and deviation from a training split; of more than 20,000 image files from that many, evenly spaced.
+        """Take mean and deviation from a training split; of more than 20,000 images that are not in memory from that many.
 
         A deviation counts as at least one grey level for uint8 images, and as 1 for a float that never varies, so that a pixel
         that is almost always black does not blow up where it is not. "none" scales uint8 to [0, 1] and leaves floats alone.
@@ -73,7 +72,7 @@ class Standardize(nn.Module):
             return
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
         moments = torch.zeros(2, *part.shape, dtype=wide, device=x.device)
-        order = torch.arange(FILES) * len(x) // FILES if isinstance(x, FileImages) and len(x) > FILES else None
+        order = torch.arange(FILES) * len(x) // FILES if not isinstance(x, Tensor) and len(x) > FILES else None
         count = len(x) if order is None else FILES
         size = min(CHUNK, max(1, CHUNK_NUMBERS // math.prod(part.shape)))
         self.fitted_on = 0
