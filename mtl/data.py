@@ -95,7 +95,7 @@ class Samples:
             return
         order = None if order is None else order.to(self.images.device)
         for start, stop in bounds:
-            yield self.images[start:stop] if order is None else self.images[order[start:stop]], []
+            yield self.images[start:stop] if order is None else self.images.index_select(0, order[start:stop]), []
 
 
 @dataclass(frozen=True)
