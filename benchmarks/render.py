@@ -16,6 +16,7 @@ def page() -> str:
         cutting,
         decoding,
         fast_path,
+        packing,
         three_epochs,
         throughput_tables,
     )
@@ -29,6 +30,7 @@ def page() -> str:
         ("@BATCHING@", batching.render),
         ("@BATCHING_SPEED@", batching_speed.render),
         ("@DECODING@", decoding.render),
+        ("@PACKING@", packing.render),
         ("@THREE_EPOCHS@", three_epochs.render),
     )
     for placeholder, render in tables:

@@ -24,6 +24,7 @@ from mtl.choices import Choice
 from mtl.config import RunConfig, load
 from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
+from mtl.duplicates import warnings_of
 from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.files import Reading
@@ -117,7 +118,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),
         decoders=decoders,
-        notes=[*brought, *why_not, *notes],
+        notes=[*brought, *warnings_of(samples), *why_not, *notes],
         warm_up_seconds=seconds,
     )
 

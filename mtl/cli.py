@@ -167,6 +167,24 @@ def compare(
 
 
 @app.command()
+def inspect(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Whose data.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """Read a config's data, all of them, and say what they are: counts, classes, missing labels, duplicates, leaks."""
+    with json_only(as_json):
+        load_plugins(plugin)
+        from mtl import inspection
+        from mtl.config import load
+        from mtl.progress import for_terminal
+
+        about = inspection.inspect(load(config, overrides or []), for_terminal())
+    show(about, as_json)
+
+
+@app.command()
 def pack(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A registered one, such as vggface2.")],
     options: Annotated[

@@ -40,6 +40,8 @@ RANK = {
     "subsets": 1,
     "sampling": 2,
     "resizing": 5,
+    "duplicates": 5,
+    "inspection": 10,
     "packed": 5,
     "packing": 7,
     "columns": 1,

@@ -40,10 +40,11 @@ def read_fashion_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
     """Images, uint8 (N, 28, 28), and categories (N,), downloaded into `root` where they are missing.
 
     Raises:
-        DataError: they are neither there nor to be had.
+        DataError: they are neither there nor to be had, or are damaged.
     """
     from torchvision.datasets import FashionMNIST
 
+    raw = Path(root) / "FashionMNIST" / "raw"
     try:
         try:
             data = FashionMNIST(root, train=train, download=True)
@@ -55,8 +56,16 @@ def read_fashion_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
         reason = " ".join(str(error).split())
         raise mtl.DataError(
             f"Fashion-MNIST is neither under {str(root)!r} nor can it be downloaded ({reason}); put its four .gz files into "
-            f"{str(Path(root) / 'FashionMNIST' / 'raw')!r}, or set MTL_DATA_ROOT to a folder that holds FashionMNIST/"
+            f"{str(raw)!r}, or set MTL_DATA_ROOT to a folder that holds FashionMNIST/"
         ) from error
+    except Exception as error:  # torchvision checks what it unpacks, and not what is unpacked already
+        raise mtl.DataError(
+            f"the files in {str(raw)!r} are damaged ({type(error).__name__}: {error}); remove those without .gz, then they "
+            "are unpacked again"
+        ) from None
+    if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets):
+        found = f"images {tuple(data.data.shape)}, labels {tuple(data.targets.shape)}"
+        raise mtl.DataError(f"the files in {str(raw)!r} are not Fashion-MNIST's: {found}")
     return data.data, data.targets
 
 
