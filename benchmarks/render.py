@@ -16,6 +16,7 @@ def page() -> str:
         cutting,
         decoding,
         fast_path,
+        indexing,
         packing,
         three_epochs,
         throughput_tables,
@@ -30,6 +31,7 @@ def page() -> str:
         ("@BATCHING@", batching.render),
         ("@BATCHING_SPEED@", batching_speed.render),
         ("@DECODING@", decoding.render),
+        ("@INDEXING@", indexing.render),
         ("@PACKING@", packing.render),
         ("@THREE_EPOCHS@", three_epochs.render),
     )

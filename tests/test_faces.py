@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mtl_tasks.face_labels import LabelOptions, tables_of
 from mtl_tasks.synthetic_faces import SyntheticFacesOptions, synthetic_faces
 from mtl_tasks.vggface2 import FaceAgeOptions, FaceGenderOptions, face_age, face_gender
 from PIL import Image
 
 import mtl
+from benchmarks.indexing import write_identities
 from mtl.build import load_data, make_tasks
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
@@ -108,6 +110,19 @@ def test_the_identities_table_in_all_its_forms(folder: Path, change: str) -> Non
         assert known is not None
         ages = zip(identities(part), part.targets["face_age"].tolist(), known.tolist(), strict=True)
         assert {(who, age) for who, age, is_known in ages if is_known} == {(9, 28.0), (10, 29.0)}
+
+
+def test_a_table_of_all_identities(folder: Path) -> None:
+    """9,131 lines with every oddity: each identity once, with its gender and age where it has them."""
+    write_identities(folder / "identity_meta.csv", ages=True)
+    said = tables_of(folder, LabelOptions())
+    names, of_identity = said.identities
+    assert len(names) == 9131 + 1  # one has a second row
+    assert said.set_aside.counts == {"rows of identities that have one": 1}
+    assert {name.decode() for name in names} == {f"n{i:06}" for i in range(9131)}
+    assert np.flatnonzero(of_identity.gender[:9131] < 0).tolist() == list(range(7, 9131, 1000))
+    assert np.flatnonzero(np.isnan(of_identity.age[:9131])).tolist() == list(range(0, 9131, 500))
+    assert ((of_identity.age[1:9131:500] >= 16) & (of_identity.age[1:9131:500] <= 80)).all()
 
 
 def test_tables_of_images_override_those_of_identities(folder: Path) -> None:
