@@ -88,7 +88,7 @@ def _registered(registry: Registry, name: str, of: str) -> Plugin:
     """
     if of and not NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot be a name: use letters, digits and underscores, beginning with a letter")
-    if of and of != name and name in registry.names():
+    if of and of != name and registry is TASKS and name in registry.names():  # a dataset may stand in for another
         raise ValueError(f"{name!r} is a registered {registry.kind}; give your {of!r} another name")
     try:
         return registry.get(of or name)
@@ -142,7 +142,8 @@ class Registered:
 
 
 def choose_dataset(name: str, given: Any) -> Choice:
-    """The dataset `name` with its validated options; with a key `dataset` the registered one of that name under another.
+    """The dataset `name` with its validated options; with a key `dataset` the registered one of that name under another, or in
+    the place of another.
 
     Raises:
         ValueError, ValidationError: unknown or broken dataset, or mistakes in its keys; for pydantic to collect.

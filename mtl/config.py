@@ -70,7 +70,8 @@ class DataConfig(Options):
     """Task -> how many of its training labels are used (a count, or a share as a number with a point); the others are taken for
     missing. A sample on which no task of the run has a label is left out."""
     datasets: Annotated[dict[str, Any], PlainSerializer(dump_datasets)] = Field(default_factory=dict)
-    """Options of datasets, by dataset name; with `dataset: NAME` those of the registered one under a name of your own."""
+    """Options of datasets, by dataset name; with `dataset: NAME` those of the registered one under a name of your own, or in
+    the place of another, as packed images stand in for files."""
 
     @field_validator("validation")
     @classmethod

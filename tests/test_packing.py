@@ -106,6 +106,16 @@ def test_it_trains_as_the_same_pictures_in_files_do(root: Path, in_tmp: Path) ->
     assert set(larger.test) == {"kind", "score"}
 
 
+def test_a_packed_folder_stands_in_for_its_dataset(root: Path) -> None:
+    """The tasks of that dataset need no other name."""
+    pack(root)
+    tasks = [{"name": "kind", "task": "column_class", "dataset": "image_folders"}]
+    datasets = {"image_folders": {"dataset": "packed", "folder": "p"}}
+    given = RunConfig(tasks=tasks, data={"root": root, "validation": 0.2, "datasets": datasets}, device="cpu")
+    assert len(load_data(given, make_tasks(given))[Split.TEST]["image_folders"]) == 20
+    assert RunConfig(**given.model_dump(mode="json")) == given
+
+
 def test_the_same_command_again_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pack(root)
     before = contents(root / "p")
