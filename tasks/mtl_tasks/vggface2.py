@@ -43,7 +43,8 @@ class FacesOptions(LabelOptions):
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for red, green and blue."""
     boxes: Path | None = None
-    """Folder with loose_bb_train.csv and loose_bb_test.csv, in the dataset's: the face's box is then cut out of each image."""
+    """Folder with loose_bb_train.csv and loose_bb_test.csv, in the dataset's: the face's box is then cut out of each image.
+    `mtl predict` cuts nothing out: give it pictures of faces."""
 
 
 class VGGFace2Options(FacesOptions):
