@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mtl.columns import SetAside
+from mtl.columns import LISTED, SetAside
 from mtl.data import Samples, Split
 from mtl.files import FileImages
 from mtl.tables import write_csv
@@ -39,7 +39,10 @@ class Aside:
             self._told |= new
             write_csv(self.directory / LIST, ("dataset", "where", "why"), self._listed())
         many = {name: "; ".join(f"{count:,} {why}" for why, count in found.items()) for name, found in new.items()}
-        return [f"dataset {name}: set aside: {what}; listed in {self.directory / LIST}" for name, what in many.items()]
+        some = {name: "the first of them " * (sum(found.values()) > LISTED) for name, found in new.items()}
+        return [
+            f"dataset {name}: set aside: {what}; {some[name]}listed in {self.directory / LIST}" for name, what in many.items()
+        ]
 
     def _parts(self) -> dict[str, list[Samples]]:
         """Dataset -> its splits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
@@ -17,6 +18,10 @@ from mtl.errors import DataError
 
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown", "undefined", "?", "-"})
 """What stands for no value, in any case."""
+WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+"""Names of classes that are numbers."""
+LARGEST_NUMBER = 3.4e38
+"""That a label can be."""
 LISTED = 1000
 """Things set aside that are listed one by one; of all there are counts."""
 
@@ -119,6 +124,8 @@ class NumberColumn(Column):
             raise ValueError("is not a number") from None
         if not math.isfinite(value) or "_" in text:
             raise ValueError("is not a finite number")
+        if abs(value) > LARGEST_NUMBER:
+            raise ValueError("is too large")
         if self._between is not None and not self._between[0] <= value <= self._between[1]:
             raise ValueError("is not between {:g} and {:g}".format(*self._between))
         return value
@@ -155,7 +162,7 @@ class ClassColumn(Column):
         self._missing = MISSING | {text.lower() for text in missing}
         self._codes = array("i")
 
-    def parse(self, text: str) -> int | None:
+    def parse(self, text: str) -> int | str | None:
         if (code := self._code_of.get(text)) is not None:
             return code
         if (code := self._also.get(text)) is not None:
@@ -164,16 +171,29 @@ class ClassColumn(Column):
             return None
         if not self._open:
             raise ValueError(f"is none of the classes {', '.join(list(self._code_of)[:8])}")
-        return self._code_of.setdefault(text, len(self._code_of))
+        return text  # has no number before its row is used
 
-    def append(self, value: int | None) -> None:
-        self._codes.append(-1 if value is None else value)
+    def append(self, value: int | str | None) -> None:
+        code = self._code_of.setdefault(value, len(self._code_of)) if isinstance(value, str) else value
+        self._codes.append(-1 if code is None else code)
+
+    def forget(self, unused: NDArray[np.bool_]) -> None:
+        """Rows (N,) that are not used after all: names that occur in no other are none, unless they were given."""
+        if self._open:
+            codes = np.frombuffer(self._codes, np.int32)
+            occur = {int(code) for code in np.unique(codes[~unused]) if code >= 0}
+            kept = {name: i for i, (name, code) in enumerate((n, c) for n, c in self._code_of.items() if c in occur)}
+            place = np.full(len(self._code_of) + 1, -1, np.int32)  # the last is where -1 points to
+            for name, code in self._code_of.items():
+                place[code] = kept.get(name, -1)
+            self._codes = array("i", place[codes].tobytes())
+            self._code_of = kept
 
     def _order(self) -> list[str]:
         names = list(self._code_of)
         if not self._open:
             return names
-        whole = all(name.lstrip("+-").isdecimal() for name in names)
+        whole = all(WHOLE.fullmatch(name) for name in names)
         return sorted(names, key=(lambda name: (int(name), name)) if whole else None)
 
     @property
@@ -216,6 +236,12 @@ class TextColumn(Column):
     def ends(self) -> NDArray[np.int64]:
         """(N,)."""
         return np.frombuffer(self._ends, np.int64) if self._ends else np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> bytes:
+        return bytes(self._text[self._ends[row - 1] if row else 0 : self._ends[row]])
 
     def __iter__(self) -> Iterator[bytes]:
         start = 0

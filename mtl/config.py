@@ -54,8 +54,8 @@ class DataConfig(Options):
     """Processes that decode image files; 0: the training process does, and waits for it. What is in memory needs none. Batches
     do not depend on it. auto: as many as there are cores to use, at most 16."""
     bad_files: float = Field(0.01, ge=0, le=1)
-    """Share of a split's image files that may turn out to be unreadable: their labels are taken for missing, and they are
-    listed in the run's set_aside.csv. More is an error."""
+    """Share of a split's image files (one at least) that may turn out to be unreadable: their labels are taken for missing, and
+    they are listed in the run's set_aside.csv. More is an error; 0: any is."""
     input_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """(channels, height, width) that the images of every dataset are brought to. null: as they are; where datasets differ, the
     largest of each, which `config.yaml` then records."""

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
@@ -179,6 +180,7 @@ def checked_splits(
     for split, part in parts.items():
         if part.classes != classes:
             raise DataError(f"dataset {name!r}: its splits name different classes: {classes}, but {split} {part.classes}")
+    _check_groups(name, parts)
     tasks = [replace(task, head=named(task, classes)) for task in tasks]
     masks: dict[Split, Masks] = {split: {task.name: _labelled(parts[split], task) for task in tasks} for split in parts}
     if Split.TRAIN in parts:
@@ -199,6 +201,21 @@ def checked_splits(
         found = ", ".join(f"{split} {shape} {dtype}" for split, (shape, dtype) in described.items())
         raise DataError(f"dataset {name!r}: its splits differ in shape or type: {found}; bring them to one")
     return samples
+
+
+def _check_groups(name: str, parts: Mapping[Split, Dataset]) -> None:
+    """What belongs together is in one split.
+
+    Raises:
+        DataError: it is in two.
+    """
+    grouped = {split: part.groups.unique() for split, part in parts.items() if part.groups is not None}
+    for one, other in combinations(grouped, 2):
+        if both := int(torch.isin(grouped[one], grouped[other]).sum()):
+            raise DataError(
+                f"dataset {name!r}: {both:,} groups are in both {one} and {other}: figures on what belongs to training "
+                "samples say nothing about others; move each group to one split, or give no groups"
+            )
 
 
 def load_dataset(plugin: Plugin, split: Split, root: Path, options: BaseModel | None) -> Dataset | None:

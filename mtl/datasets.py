@@ -7,6 +7,7 @@ dataset is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any, Self
@@ -34,8 +35,9 @@ class Dataset(ABC):
         valid: target name -> bool, where that label exists: (N,), or (N, K) for a mask per label of several, or the label's
             shape for maps. A target not named here is labelled everywhere.
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task.
-        groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
-            held out in whole groups. None: each sample by itself.
+        groups: (N,) integers, one number for samples that belong together, as pictures of one person do, the same in every
+            split: validation samples are held out in whole groups, and a group in two splits is an error. None: each sample by
+            itself.
         set_aside: what of the data is not used, and why; counted at the start of a run.
 
     Raises:
@@ -69,7 +71,7 @@ class Dataset(ABC):
         for name, names in self.classes.items():
             if name not in self.labels:
                 raise DataError(f"classes: {unknown('target', name, self.labels)}")
-            if twice := sorted({one for one in names if names.count(one) > 1}):
+            if twice := [one for one, count in Counter(names).items() if count > 1]:
                 raise DataError(f"classes[{name!r}] holds {twice[0]!r} more than once")
         self.groups = None if groups is None else as_tensor(groups, "groups")
         if self.groups is not None and (self.groups.shape != (count,) or self.groups.is_floating_point()):
@@ -115,8 +117,9 @@ class ArrayDataset(Dataset):
             shape for maps. A target not named here is labelled everywhere.
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task
             (`FromClasses`).
-        groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
-            held out in whole groups. None: each sample by itself.
+        groups: (N,) integers, one number for samples that belong together, as pictures of one person do, the same in every
+            split: validation samples are held out in whole groups, and a group in two splits is an error. None: each sample by
+            itself.
 
     Raises:
         DataError: shapes or lengths that do not fit together, or values that are not finite.

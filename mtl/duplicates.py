@@ -41,7 +41,7 @@ class Duplicates:
 
 def find(splits: Mapping[Split, Samples]) -> Duplicates:
     """Compare every image of a dataset with every other, by a hash of its pixels as training sees them; all are read."""
-    prints = {split: _prints(part) for split, part in splits.items()}
+    prints = {split: _prints(part, split) for split, part in splits.items()}
     within = {split.value: len(found) - len(np.unique(found)) for split, found in prints.items()}
     shared = {
         (one.value, other.value): int(np.isin(prints[other], prints[one]).sum())
@@ -51,14 +51,14 @@ def find(splits: Mapping[Split, Samples]) -> Duplicates:
     return Duplicates(within, shared, {task: _conflicting(task, splits, prints) for task in sorted(tasks)})
 
 
-def _prints(part: Samples) -> NDArray[np.bytes_]:
+def _prints(part: Samples, split: str) -> NDArray[np.bytes_]:
     """(N,): 16 bytes for each image; images that cannot be read differ from all others."""
     text = bytearray()
     bounds = [(start, min(start + CHUNK, len(part))) for start in range(0, len(part), CHUNK)]
     for (start, _), (images, unread) in zip(bounds, part.image_batches(bounds), strict=True):
         rows = images.cpu().flatten(1).contiguous().numpy()
         for i, row in enumerate(rows):
-            own = f"unreadable {start + i}".encode() if i in unread else b""
+            own = f"unreadable {split} {start + i}".encode() if i in unread else b""
             text += hashlib.blake2b(own or row.data, digest_size=16, person=b"own" if own else b"").digest()
     return np.frombuffer(bytes(text), "S16")
 

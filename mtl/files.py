@@ -108,7 +108,8 @@ class Unreadable:
             return
         if len(self.why) == 1:
             raise DataError(
-                f"image file {os.fsdecode(path)!r} cannot be read: {why}; repair it, or leave it out of the dataset"
+                f"image file {os.fsdecode(path)!r} cannot be read: {why}; repair it, leave it out of the dataset, or allow "
+                "some by data.bad_files"
             )
         first = "; ".join(f"{os.fsdecode(path)!r}: {why}" for path, why in list(self.why.items())[:3])
         raise DataError(
@@ -139,6 +140,8 @@ class FileImages:
     """
 
     dtype = torch.uint8
+    repeated = 1
+    """How often a grey picture is repeated, for as many channels."""
 
     def __init__(self, paths: Paths, channels: int, size: tuple[int, int], boxes: NDArray[np.int32] | None = None) -> None:
         self.paths, self.channels, self.size, self.boxes = paths, channels, size, boxes
@@ -152,13 +155,13 @@ class FileImages:
     @property
     def shape(self) -> torch.Size:
         """Of all images, (N, C, H, W)."""
-        return torch.Size((len(self), self.channels, *self.size))
+        return torch.Size((len(self), self.channels * self.repeated, *self.size))
 
     def placed(self, device: torch.device | str, reading: Reading) -> FileImages:
         """The same images, read as `reading` says and given out on a device."""
         images = copy(self)
         images.device = torch.device(device)
-        images.unreadable = Unreadable(reading.bad_files * len(self))
+        images.unreadable = Unreadable(max(1.0, reading.bad_files * len(self)) if reading.bad_files else 0.0)
         images.decoders = reading.decoders if reading.decoders is not None and reading.decoders.workers else None
         if images.decoders is not None:
             images.decoders.start()  # which takes them seconds, while the network is built
@@ -172,9 +175,9 @@ class FileImages:
         return images
 
     def brought_to(self, shape: tuple[int, ...]) -> FileImages:
-        """The same images, decoded to (C, H, W) of this shape."""
+        """The same images, decoded to (C, H, W) of this shape; grey ones stay grey, repeated for each channel."""
         images = copy(self)
-        images.channels, images.size = shape[0], (shape[1], shape[2])
+        images.repeated, images.size = shape[0] // self.channels, (shape[1], shape[2])
         return images
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
@@ -233,7 +236,8 @@ class FileImages:
         if failed:
             readable = next((i for i in range(len(images)) if i not in failed), None)
             images[failed] = 0 if readable is None else images[readable].clone()
-        return self._moved(images), failed
+        images = self._moved(images)
+        return images.expand(-1, self.repeated, -1, -1) if self.repeated > 1 else images, failed
 
     def _moved(self, images: Tensor) -> Tensor:
         if self.device.type != "cuda":
@@ -251,8 +255,9 @@ class ImageFiles(Dataset):
             shape for maps. A target not named here is labelled everywhere.
         classes: target name -> what its labels 0, 1, ... (or its K columns) stand for, where the data say so and not the task
             (`FromClasses`).
-        groups: (N,) integers, one number for samples that belong together, as pictures of one person do: validation samples are
-            held out in whole groups. None: each sample by itself.
+        groups: (N,) integers, one number for samples that belong together, as pictures of one person do, the same in every
+            split: validation samples are held out in whole groups, and a group in two splits is an error. None: each sample by
+            itself.
         size: (height, width) in pixels that every image is resized to; the aspect ratio is not kept.
         channels: 1 for grey, 3 for red, green and blue; images of another kind are converted.
         folder: what paths are relative to; None: the current folder. It is kept once, not with every path.

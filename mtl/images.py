@@ -27,6 +27,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG")
 LARGEST = 100_000_000
 """Pixels; a larger image is refused before it is decoded."""
+LARGEST_WHOLE = 25_000_000
+"""Pixels of an image that is decoded whole, which takes up to ten bytes each; a JPEG much larger than wanted is not."""
 LARGEST_FILE = 1 << 30
 """Bytes; a larger file is refused before it is read. The largest image without any compression is below that."""
 SHRUNK = 4
@@ -152,7 +154,7 @@ def _by_torchvision(data: bytearray, header: JpegHeader, channels: int, size: tu
     """
     if header.components not in (1, channels) or _shrinks(header.width, header.height, size):  # grey from colour: Pillow's way
         return None
-    if header.width * header.height > LARGEST or not hasattr(torch.ops.image, "decode_jpeg"):
+    if header.width * header.height > min(LARGEST, LARGEST_WHOLE) or not hasattr(torch.ops.image, "decode_jpeg"):
         return None
     orientation = _orientation(data) if header.described else 1
     try:
@@ -171,10 +173,12 @@ def _by_pillow(data: bytearray, channels: int, size: tuple[int, int] | None) -> 
             Image.open(BytesIO(data), formats=FORMATS) as image,
         ):
             width, height = image.size
-            if width * height > LARGEST:
-                raise DataError(f"{width} x {height} pixels are more than the {LARGEST:,} that are read")
+            small = image.format == "JPEG" and size is not None and _shrinks(width, height, size)
+            most = LARGEST if small else min(LARGEST, LARGEST_WHOLE)
+            if width * height > most:
+                raise DataError(f"{width} x {height} pixels are more than the {most:,} that are read")
             orientation = _orientation_of(image)
-            if image.format == "JPEG" and size is not None and _shrinks(width, height, size):
+            if small and size is not None:
                 image.draft(image.mode, (2 * max(size), 2 * max(size)))
             upright: Any = image
             if image.mode.startswith("I"):  # 16 bits a channel

@@ -9,6 +9,7 @@ import torch
 
 from mtl.auto import resolved
 from mtl.build import load_data, make_decoders, make_tasks
+from mtl.columns import SetAside
 from mtl.config import RunConfig
 from mtl.data import Samples, Split, named
 from mtl.duplicates import find
@@ -51,7 +52,9 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                 ]
                 if count := same.conflicting[task]:
                     warnings.append(f"task {task}: {count:,} images are there twice with different labels")
-            aside = splits[Split.TRAIN].set_aside
+            aside = SetAside()
+            for one in {id(part.set_aside): part.set_aside for part in splits.values()}.values():
+                aside.take(one)
             found[name] = {
                 "shape": list(splits[Split.TRAIN].shape),
                 "splits": {split.value: _counts(part) for split, part in splits.items()},

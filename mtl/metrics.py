@@ -127,10 +127,17 @@ class Meter:
             return
         predictions = torch.cat([part[0] for part in self._parts])
         targets = torch.cat([part[1] for part in self._parts])
-        if masks := [part[2] for part in self._parts if part[2] is not None]:
-            predictions, targets = self._labelled(predictions, targets, torch.cat(masks))
+        if masks := [part[2] for part in self._parts if part[2] is not None]:  # a batch may lack one that others have
+            whole = [torch.ones_like(part[1], dtype=torch.bool) if masks[0].ndim > 1 else _all(part[1]) for part in self._parts]
+            given = [ones if part[2] is None else part[2] for part, ones in zip(self._parts, whole, strict=True)]
+            predictions, targets = self._labelled(predictions, targets, torch.cat(given))
         predictions, targets = (x.to(self._wide) if x.is_floating_point() else x for x in (predictions, targets))
         self._parts, self._count = [], 0
         if len(targets):
             for metric in self._metrics.values():
                 metric.update(predictions, targets)
+
+
+def _all(targets: Tensor) -> Tensor:
+    """(B,), true."""
+    return torch.ones(len(targets), dtype=torch.bool, device=targets.device)

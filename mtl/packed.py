@@ -147,7 +147,9 @@ def packed(split: Split, root: Path, options: PackedOptions) -> PackedDataset | 
     pixels = pixels.view(about["count"], height, width, channels)
     tensors = load_labels(folder, split)
     rows = tensors["readable"].nonzero().flatten()
-    set_aside = SetAside(counts=Counter(manifest["set_aside"] if split is Split.TRAIN else {}))
+    set_aside = SetAside()
+    if split is Split.TRAIN:
+        set_aside.take(SetAside([(where, why) for where, why in manifest["listed"]], Counter(manifest["set_aside"])))
     for path, why in about["unreadable"]:
         set_aside.add(path, why, "image files that could not be read when they were packed")
     groups = tensors.get("groups")

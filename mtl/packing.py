@@ -105,9 +105,12 @@ def _pack(
             )
     fingerprint = {split.value: _fingerprint(data) for split, data in parts.items()}
     _begin(out, {"dataset": plugin.name, "fingerprint": fingerprint})
-    if (out / MANIFEST).is_file() and not damaged(out):
-        progress.line(f"{out} is packed already, and as it was written")
-        return _about(read_manifest(out))
+    if (out / MANIFEST).is_file():
+        if not (wrong := _wrong(out)):
+            progress.line(f"{out} is packed already, and as it was written")
+            return _about(read_manifest(out))
+        progress.line(f"{out} is packed already, and is damaged: {wrong[0]}; packing it again")
+        (out / MANIFEST).unlink()
     packings = {}
     with progress:
         for split, data in parts.items():
@@ -125,6 +128,14 @@ def _pack(
     return _about(manifest)
 
 
+def _wrong(out: Path) -> list[str]:
+    """What of a packed folder is not as it was written."""
+    try:
+        return damaged(out)
+    except DataError as error:
+        return [str(error)]
+
+
 def _about(manifest: dict[str, Any]) -> dict[str, Any]:
     splits = manifest["splits"].items()
     images = {split: {"images": about["count"], "unreadable": len(about["unreadable"])} for split, about in splits}
@@ -132,16 +143,28 @@ def _about(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(data: Dataset) -> str:
-    """Of what is packed: files or pixels, boxes, labels, shape."""
-    digest = hashlib.blake2b(repr(tuple(data.images.shape)).encode(), digest_size=16)
+    """Of what is packed: pixels, or names, sizes and times of files; boxes, labels, classes, shape."""
+    digest = hashlib.blake2b(repr((tuple(data.images.shape), data.classes)).encode(), digest_size=16)
     if isinstance(data.images, FileImages):
         for path in data.images.paths.encoded():
-            digest.update(path + b"\0")
+            digest.update(path + b"\0" + _seen(path))
         if data.images.boxes is not None:
             digest.update(data.images.boxes.tobytes())
+    else:
+        for start in range(0, len(data), BLOCK):
+            digest.update(data.images[start : start + BLOCK].contiguous().numpy().tobytes())
     for name, tensor in sorted(_labels(data).items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _seen(path: bytes) -> bytes:
+    """What tells one content of a file from another without reading it."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return b"?"
+    return b"%d %d" % (about.st_size, about.st_mtime_ns)
 
 
 def _labels(data: Dataset) -> dict[str, Tensor]:
@@ -161,7 +184,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     """
     note = out / NOTE
     if not note.is_file():
-        if strange := sorted(one.name for one in out.iterdir() if one.name != ".lock"):
+        if strange := sorted(one.name for one in out.iterdir() if one.name not in (".lock", f".{NOTE}.tmp")):
             raise DataError(f"{str(out)!r} is not empty: it holds {', '.join(strange[:5])}; give a new folder")
         _write_whole(note, json.dumps(about).encode())
         return
@@ -216,12 +239,13 @@ def _take_up(packing: Packing, file: Any, notes: Any, size: int) -> None:
         images = min(BLOCK, count - len(packing.blocks) * BLOCK)
         try:
             digest, failed = json.loads(line)
-        except ValueError:
+            failed = [(int(row), str(path), str(why)) for row, path, why in failed]
+        except (ValueError, TypeError):  # torn when it was written
             break
         if images <= 0 or digest_of(os.pread(file.fileno(), images * size, len(packing.blocks) * BLOCK * size)) != digest:
             break
         packing.blocks.append(digest)
-        packing.unreadable += [(row, path, why) for row, path, why in failed]
+        packing.unreadable += failed
         kept.append(line)
     notes.seek(0)
     notes.truncate()
@@ -268,6 +292,7 @@ def _manifest(name: str, packings: dict[Split, Packing]) -> dict[str, Any]:
         "dataset": name,
         "classes": first.classes,
         "set_aside": set_aside,
+        "listed": [list(one) for one in packings[Split.TRAIN].data.set_aside.listed] if Split.TRAIN in packings else [],
         "splits": splits,
         "sizes": sizes,
     }
@@ -281,6 +306,11 @@ def _write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def from_command(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,11 @@ from mtl.columns import Column, SetAside, TextColumn
 from mtl.errors import DataError, unknown
 
 LONGEST = 1 << 16
-"""Characters of a field; a longer one is a mistake in quoting."""
+"""Characters of a field; a longer one is a mistake."""
+LONGEST_LINE = 1 << 20
+"""Characters of a line that are read."""
+JOINED = 16
+"""Lines that a field may go on for."""
 
 
 def read_table(
@@ -30,6 +35,7 @@ def read_table(
     delimiter: str = ",",
     encoding: str = "utf-8",
     names: Sequence[str] | None = None,
+    optional: int = 0,
 ) -> NDArray[np.int32]:
     """Read columns of a CSV file; quotes may hold delimiters and line breaks, and blanks around a field do not count.
 
@@ -41,6 +47,7 @@ def read_table(
         encoding: of the file; a byte order mark is no part of the first name.
         names: of its columns, if it may lack a header: the first row is one where its first field is the first of these,
             whatever the case. Rows may have fewer columns than names, as long as those in `columns` are there.
+        optional: how many of the last columns a row may lack altogether.
 
     Returns:
         int32 (N,): the line on which each row that is used ends.
@@ -55,13 +62,16 @@ def read_table(
             first = next(rows)[1]
         except StopIteration:
             raise DataError(f"table {str(path)!r} is empty") from None
+        if isinstance(first, str) or max(map(len, first), default=0) > LONGEST:
+            why = first if isinstance(first, str) else f"a field has {max(map(len, first)):,} characters"
+            raise DataError(f"{path}:1: the header cannot be read: {why}")
         headless = names is not None and (not first or first[0].lower() != names[0].lower())
-        header = list(names or ())[: len(first)] if headless else first
+        header = list(names or ())[: len(_ended(first))] if headless else _ended(first)
         wanted = [(_place(path, name, header, delimiter), name, column) for name, column in columns]
         if headless:
-            _take(path, 1, first, len(header), wanted, set_aside, lines)
+            _take(path, 1, first, len(header), optional, wanted, set_aside, lines)
         for number, row in rows:
-            _take(path, number, row, len(header), wanted, set_aside, lines)
+            _take(path, number, row, len(header), optional, wanted, set_aside, lines)
     if not lines:
         reason = f"; set aside: {set_aside.summary()}" if set_aside.total else ""
         raise DataError(f"table {str(path)!r} has a header and no rows that can be used{reason}")
@@ -82,7 +92,15 @@ def table_columns(
     if not first or isinstance(first, str):
         raise DataError(f"table {str(path)!r} has no first row" + (f": {first}" if first else ""))
     headless = names is not None and first[0].lower() != names[0].lower()
-    return tuple(list(names or ())[: len(first)] if headless else first)
+    return tuple(list(names or ())[: len(_ended(first))] if headless else _ended(first))
+
+
+def _ended(first: list[str] | str) -> list[str]:
+    """The first row without what a stray delimiter adds at its end; one that cannot be read has no column."""
+    fields = [] if isinstance(first, str) else list(first)
+    while len(fields) > 1 and not fields[-1]:
+        fields.pop()
+    return fields
 
 
 def match_names(names: Iterable[bytes], table: Iterable[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -118,7 +136,14 @@ Wanted = Sequence[tuple[int, str, Column]]
 
 
 def _take(
-    path: Path, line: int, row: list[str] | str, width: int, wanted: Wanted, set_aside: SetAside, lines: array[int]
+    path: Path,
+    line: int,
+    row: list[str] | str,
+    width: int,
+    optional: int,
+    wanted: Wanted,
+    set_aside: SetAside,
+    lines: array[int],
 ) -> None:
     """Add a row to its columns, or set it aside; `row` is why, where it could not be read at all."""
     if not row:
@@ -126,6 +151,8 @@ def _take(
     if isinstance(row, str):
         set_aside.add(f"{path}:{line}", row, "rows that cannot be read")
         return
+    if width - optional <= len(row) < width:
+        row = row + [""] * (width - len(row))
     if len(row) != width and not (len(row) > width and not any(row[width:])):  # a stray comma at the end is none
         set_aside.add(f"{path}:{line}", f"{len(row)} fields, where the header has {width}", "rows of another length")
         return
@@ -156,36 +183,102 @@ def _take(
 
 @contextmanager
 def _rows(path: Path, delimiter: str, encoding: str) -> Iterator[Iterator[tuple[int, list[str] | str]]]:
-    """(Line, fields) of each row; of one that cannot be read, (line, why)."""
+    """(Line, fields) of each row; of one that cannot be read, (line, why).
+
+    A quote that is opened in one line and closed in a later one is a line break in a field if the lines together are a row of
+    the table; else it is a mistake in its own line, and the lines after it are rows.
+    """
     with _opened(path, encoding) as stream:
-        reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True)
+        yield _parsed(_lines(stream, path), delimiter)
 
-        def each() -> Iterator[tuple[int, list[str] | str]]:
-            while True:
-                try:
-                    row = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield reader.line_num, str(error)
-                    continue
-                except OSError as error:
-                    raise DataError(f"cannot read table {str(path)!r}: {error.strerror or error}") from None
-                yield reader.line_num, [text.strip() for text in row]
 
-        yield each()
+def _lines(stream: TextIO, path: Path) -> Iterator[tuple[int, str | None]]:
+    """(Number, text) of each line; None for one that is too long to be one."""
+    number = 0
+    try:
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            whole = len(line) <= LONGEST_LINE
+            while len(line) > LONGEST_LINE and not line.endswith("\n"):
+                line = stream.readline(LONGEST_LINE + 1)
+            yield number, line.rstrip("\n") if whole else None
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parsed(lines: Iterator[tuple[int, str | None]], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    ahead: deque[tuple[int, str | None]] = deque()
+    width = 0
+    while line := (ahead.popleft() if ahead else next(lines, None)):
+        number, text = line
+        if text is None:
+            yield number, f"the line has more than {LONGEST_LINE:,} characters"
+            continue
+        if '"' not in text:
+            row: list[str] | None = [field.strip() for field in text.split(delimiter)] if text.strip() else []
+        elif text.count('"') % 2 == 0:
+            row = _fields(text, delimiter, strict=False)
+        else:
+            number, row = _joined(number, text, ahead, lines, delimiter, width)
+        if row is None:
+            yield number, "a quote is opened and not closed"
+            continue
+        width = width or len(row)
+        yield number, row
+
+
+def _joined(
+    number: int,
+    text: str,
+    ahead: deque[tuple[int, str | None]],
+    lines: Iterator[tuple[int, str | None]],
+    delimiter: str,
+    width: int,
+) -> tuple[int, list[str] | None]:
+    """A row of several lines, and where it ends; None if it is none. `ahead` holds lines that were looked at."""
+    taken, whole = 0, text
+    while taken < JOINED:
+        if taken == len(ahead):
+            if (further := next(lines, None)) is None:
+                break
+            ahead.append(further)
+        following = ahead[taken][1]
+        taken += 1
+        if following is None:
+            break
+        whole += "\n" + following
+        if following.count('"') % 2 == 0:
+            continue
+        row = _fields(whole, delimiter, strict=True)
+        if row is not None and (not width or len(row) == width or (not any(row[width:]) and len(row) > width)):
+            end = ahead[taken - 1][0]
+            for _ in range(taken):
+                ahead.popleft()
+            return end, row
+        break
+    return number, None
+
+
+def _fields(text: str, delimiter: str, strict: bool) -> list[str] | None:
+    """Of a row; None where its quotes do not fit together."""
+    try:
+        lines = [f"{line}\n" for line in text.split("\n")]
+        rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=strict))
+    except csv.Error:
+        return None
+    return [field.strip() for field in rows[0]] if len(rows) == 1 else None
 
 
 def _opened(path: Path, encoding: str) -> TextIO:
     try:
-        return open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors="surrogateescape", newline="")
+        if not path.is_file() and path.exists():
+            raise DataError(f"table {str(path)!r} is no regular file")
+        return open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors="surrogateescape")
     except (OSError, LookupError) as error:
         raise DataError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _place(path: Path, name: str, header: Sequence[str] | str, delimiter: str) -> int:
-    if isinstance(header, str):
-        raise DataError(f"{path}:1: the header cannot be read: {header}")
+def _place(path: Path, name: str, header: Sequence[str], delimiter: str) -> int:
     places = [i for i, one in enumerate(header) if one == name]
     if len(places) == 1:
         return places[0]

@@ -192,3 +192,37 @@ def test_two_tables_in_one_run(root: Path, in_tmp: Path) -> None:
     result = mtl.train(RunConfig(**tree), "run")
     assert "rmse_kg" in result.test["heavy"]
     assert torch.isfinite(torch.tensor(result.test["colour"]["accuracy"]))
+
+
+def test_one_file_has_one_row_however_it_is_spelt(root: Path) -> None:
+    added(root, "./o0/0.jpg,red,3,o0", "o1//1.png,red,3,o1", f"{root}/o2/2.jpg,red,3,o2", "o3/3.png,red,3,o3")
+    parts = load(config(root, bad=0.1))
+    files = [name for part in parts.values() for name in part.images.paths.encoded()]
+    assert len(files) == len(set(files)) == 60
+    assert parts[Split.TRAIN].set_aside.counts == {"rows of images that have one": 4}
+
+
+def test_classes_of_rows_that_are_not_used_are_none(root: Path) -> None:
+    added(root, "none.jpg,purple,3,o1", "path,colour,weight,owner")
+    parts = load(config(root, bad=0.1))
+    assert parts[Split.TRAIN].classes["colour"] == ("blue", "green", "red")
+
+
+def test_numbers_that_float32_cannot_hold_are_set_aside(root: Path) -> None:
+    added(root, "o1/1.png,red,3,o1")
+    text = (root / "pets.csv").read_text().splitlines()
+    text[1] = text[1].replace(text[1].split(",")[2], "1e39")
+    (root / "pets.csv").write_text("\n".join(text) + "\n")
+    parts = load(config(root, ("weight",), bad=0.1))
+    assert parts[Split.TRAIN].set_aside.counts["values of weight that cannot be used"] == 1
+    assert all(part.targets["weight"].isfinite().all() for part in parts.values())
+
+
+def test_groups_that_a_split_column_parts_are_refused(root: Path) -> None:
+    lines = (root / "pets.csv").read_text().splitlines()
+    rows = [f"{line},{('train', 'test')[i % 2]}" for i, line in enumerate(lines[1:])]
+    (root / "pets.csv").write_text("\n".join([f"{lines[0]},split", *rows]) + "\n")
+    load(config(root, split="split"))
+    (root / "pets.csv").write_text("\n".join([f"{lines[0]},split", *rows[:-1], rows[-1].replace("test", "train")]) + "\n")
+    with pytest.raises(mtl.DataError, match="1 groups are in both train and test"):
+        load(config(root, split="split", group="owner"))

@@ -28,11 +28,12 @@ GOOD = {"a": np.arange(6) % 3, "b": np.arange(6) % 2}
 
 
 def register(name: str, **parts: Any) -> str:
-    """A dataset whose every split is ArrayDataset(**parts); returns its name."""
+    """A dataset whose every split is ArrayDataset(**parts), groups apart; returns its name."""
 
     @mtl.register_dataset(name)
     def dataset(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
-        return mtl.ArrayDataset(**{"images": IMAGES, "labels": GOOD, **parts})
+        groups = {"groups": -1 - parts["groups"]} if "groups" in parts and split == mtl.Split.TEST else {}
+        return mtl.ArrayDataset(**{"images": IMAGES, "labels": GOOD, **parts, **groups})
 
     DATASETS._claims[name] = DATASETS._claims[name][-1:]
     return name
@@ -414,6 +415,19 @@ def test_one_group_cannot_be_parted() -> None:
     register("people", groups=np.zeros(6, int))
     with pytest.raises(mtl.DataError, match="cannot be held out in whole groups: 1 groups have up to 6 of 6"):
         load("people", 2)
+
+
+def test_a_group_in_two_splits_is_refused() -> None:
+    register("people")
+
+    @mtl.register_dataset("people")
+    def people(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        first = 0 if split == mtl.Split.TRAIN else 5
+        return mtl.ArrayDataset(IMAGES, GOOD, groups=np.arange(first, first + 6))
+
+    DATASETS._claims["people"] = DATASETS._claims["people"][-1:]
+    with pytest.raises(mtl.DataError, match="dataset 'people': 1 groups are in both train and test"):
+        load("people")
 
 
 @pytest.mark.parametrize("groups", [np.zeros(5, int), np.zeros(6), np.zeros((6, 1), int)])

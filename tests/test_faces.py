@@ -86,13 +86,17 @@ def path(number: int, picture: int) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["", "no header", "ages", "no header, ages", "bom", "crlf"])
+@pytest.mark.parametrize(
+    "change", ["", "no header", "ages", "no header, ages", "bom", "crlf", "commas", "no header, commas", "ages, commas"]
+)
 def test_the_identities_table_in_all_its_forms(folder: Path, change: str) -> None:
     lines = META.strip().split("\n")
     if "ages" in change:
         lines = [f"{line.rstrip(',')}, {'Age' if not i else 20 + i}{',' * (i == 3)}" for i, line in enumerate(lines)]
     if "no header" in change:
         lines = lines[1:]
+    if "commas" in change:
+        lines = [f"{line}," for line in lines]
     text = ("\r\n" if change == "crlf" else "\n").join(lines)
     (folder / "identity_meta.csv").write_bytes((b"\xef\xbb\xbf" if change == "bom" else b"") + text.encode())
     tasks = ["face_gender", "face_age"] if "ages" in change else ["face_gender"]
@@ -207,6 +211,36 @@ def test_rows_that_cannot_be_used_are_listed_with_file_and_line(folder: Path) ->
         (f"{file}:14", "Gender 'robot' is none of the classes female, male"),
     ]
     assert 1 not in {who for who, gender in zip(identities(part), part.targets["face_gender"].tolist(), strict=True) if gender}
+
+
+def test_a_row_without_an_age_keeps_its_gender(folder: Path) -> None:
+    lines = META.strip().split("\n")
+    lines = [f"{line.rstrip(',')}, Age" if not i else f"{line.rstrip(',')}{', 30' * (i % 2)}" for i, line in enumerate(lines)]
+    (folder / "identity_meta.csv").write_text("\n".join(lines))
+    found = load(config(folder, ["face_gender", "face_age"]))
+    assert found[Split.TRAIN].set_aside.total == 0
+    known = {who for part in found.values() for who in identities(part)}
+    assert known >= set(GENDER)
+
+
+def test_a_table_that_speaks_of_no_image_is_refused(folder: Path) -> None:
+    table(folder / "ages.csv", ["path", "age"], [[f"train/{path(1, 0)}", 30], [f"train/{path(2, 0)}", 40]])
+    message = (
+        r"none of 2 rows of a table speaks of one of the 32 training images: rows are named like 'train/n000001/0000_01.jpg'"
+    )
+    with pytest.raises(mtl.DataError, match=message):
+        load(config(folder, images={"file": "ages.csv", "age": "age"}))
+
+
+def test_maad_says_who_is_young_before_years_do(folder: Path) -> None:
+    maad = [[path(n, i), 0, 1, 1, -1, -1] for n in range(1, 9) for i in range(PICTURES) if (n, i) != (1, 1)]
+    table(folder / "maad.csv", ["Filename", "Identity", "Male", "Young", "Middle_Aged", "Senior"], maad)
+    table(folder / "ages.csv", ["path", "age"], [[path(n, i), 70] for n in range(1, 12) for i in range(PICTURES)])
+    young = [{"name": "young", "task": "face_age", "kind": "young"}]
+    given = config(folder, young, maad="maad.csv", images={"file": "ages.csv", "age": "age"}, young_below=35)
+    given = given.replaced(data=given.data.model_copy(update={"validation": 0}))
+    part = load(given)[Split.TRAIN]
+    assert part.targets["young"].tolist() == [1, 0] + [1] * 30
 
 
 def test_what_no_table_says_cannot_be_a_task(folder: Path) -> None:

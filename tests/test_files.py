@@ -346,7 +346,7 @@ def test_a_run_goes_on_without_the_files_that_cannot_be_read(
     results = []
     for workers in (0, 1):
         data = allowed.model_copy(update={"workers": workers})
-        results.append(mtl.train(base.replaced(data=data, epochs=3), in_tmp / f"run{workers}"))
+        results.append(mtl.train(base.replaced(data=data, epochs=3, batch_size=5), in_tmp / f"run{workers}"))
     assert results[0].test == results[1].test
     assert results[0].test["pictures_a"]["n"] == TEST - 1
     assert results[0].set_aside == {"pictures": {"image files that cannot be read": 4}}
@@ -360,6 +360,17 @@ def test_a_run_goes_on_without_the_files_that_cannot_be_read(
     assert len(listed[0]) == 1 + 4
     assert all(re.search("damaged|neither", line) for line in listed[0][1:])
     assert all(math.isfinite(row["loss"]) for row in rows(in_tmp / "run0"))
+
+
+def test_grey_pictures_stay_grey_where_others_are_in_colour(folder: Path, decoders: Decoders) -> None:
+    paths, labels, _ = files(folder, "train")
+    grey = ImageFiles(paths, labels, size=SIZE, channels=1)
+    larger = (3, 2 * SIZE[0], SIZE[1])
+    expected = ImageFiles(paths, labels, size=larger[1:], channels=1).images[:].expand(-1, 3, -1, -1)
+    for reading in (Reading(), Reading(decoders)):
+        images = grey.placed("cpu", reading).brought_to(larger)
+        assert images.shape == (TRAIN, *larger)
+        assert torch.equal(torch.cat(list(pixels(images, [(0, 20), (20, TRAIN)]))), expected)
 
 
 def test_of_a_picture_the_box_is_read(folder: Path, decoders: Decoders) -> None:

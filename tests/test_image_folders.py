@@ -47,7 +47,7 @@ def load(config: RunConfig) -> dict[Split, Samples]:
 
 
 def test_folders_of_splits_are_trained_on_by_config_alone(tmp_path: Path, in_tmp: Path) -> None:
-    for split in ("train", "valid", "test"):
+    for split in ("Train", "valid", "TEST"):
         write(tmp_path / "toys" / split)
     result = mtl.train(config(tmp_path), "run")
     assert set(result.test) == {"kind", "colour", "score"}

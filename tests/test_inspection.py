@@ -101,6 +101,7 @@ def test_files_are_read_and_the_command_prints_json(tmp_path: Path, monkeypatch:
     (tmp_path / "toys" / "test" / "a" / "0.png").write_bytes((tmp_path / "toys" / "train" / "b" / "1.png").read_bytes())
     (tmp_path / "toys" / "train" / "a" / "2.png").write_bytes(b"x")
     (tmp_path / "toys" / "train" / "a" / "4.png").write_bytes(b"x")
+    (tmp_path / "toys" / "test" / "a" / "2.png").write_bytes(b"x")  # in the same place as a training image that is none
     Path(tmp_path / "c.yaml").write_text(
         f"tasks: [{{name: kind, task: column_class, dataset: image_folders}}]\nbackbone: {{name: mlp, widths: [4]}}\n"
         f"data: {{root: {tmp_path}, validation: 0, bad_files: 0.5, workers: 0, datasets: {{image_folders: {{folder: toys, "

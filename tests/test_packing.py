@@ -213,6 +213,54 @@ def test_nothing_is_packed_over_something_else(root: Path) -> None:
         pack(root, "strict", bad_files=0.02)
 
 
+def test_other_pixels_under_the_same_names_are_noticed(root: Path) -> None:
+    pack(root)
+    file = root / "toys" / "train" / "car" / "000.jpg"
+    Image.new("RGB", (14, 12), (1, 200, 1)).save(file)
+    with pytest.raises(mtl.DataError, match="holds that dataset with other files, labels or options"):
+        pack(root)
+
+    seeds = [0]
+
+    @mtl.register_dataset("changing", splits=("train",))
+    def changing(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        images = np.random.default_rng(seeds[0]).integers(0, 255, (40, 6, 6)).astype(np.uint8)
+        return mtl.ArrayDataset(images, {"x": np.arange(40) % 2}, classes={"x": (f"a{seeds[0]}", "b")})
+
+    with Decoders(0) as decoders:
+        packing.pack("changing", None, root, root / "c", decoders, 0.0, Silent())
+        seeds[0] = 1
+        with pytest.raises(mtl.DataError, match="holds that dataset with other files, labels or options"):
+            packing.pack("changing", None, root, root / "c", decoders, 0.0, Silent())
+
+
+@pytest.mark.parametrize("how", ["torn note", "half a first note", "odd note"])
+def test_what_a_kill_may_leave_does_not_stop_the_next_packing(root: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(root, "whole")
+    (root / "p").mkdir()
+    if how == "torn note":
+        (root / "p" / ".packing.json.tmp").write_text('{"data')
+    else:
+        with monkeypatch.context() as broken:
+            broken.setattr(packing, "_manifest", None)
+            with pytest.raises(TypeError):
+                pack(root)
+        notes = root / "p" / "train.blocks"
+        notes.write_text("5\n" if how == "odd note" else notes.read_text()[:10])
+    pack(root)
+    (root / "p" / ".packing.json.tmp").unlink(missing_ok=True)
+    assert contents(root / "p") == contents(root / "whole")
+
+
+def test_a_damaged_folder_is_packed_again(root: Path) -> None:
+    pack(root, "whole")
+    pack(root)
+    with open(root / "p" / "train.u8", "r+b") as file:
+        file.truncate(100)
+    pack(root)
+    assert contents(root / "p") == contents(root / "whole")
+
+
 def test_vectors_and_floats_are_not_packed(root: Path) -> None:
     @mtl.register_dataset("floats", splits=("train",))
     def floats(split: mtl.Split, root: Path) -> mtl.ArrayDataset:

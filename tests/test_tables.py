@@ -69,7 +69,7 @@ def test_quoted_names_hold_commas_quotes_line_breaks_and_any_letters(tmp_path: P
         ("c.jpg,cat,3,4", "4 fields, where the header has 3"),
         (",cat,3", "path '' is missing"),
         ("c\0.jpg,cat,3", "path 'c\\x00.jpg' holds a zero byte"),
-        ("c" * 10_000_000 + ",cat,3", "field larger than field limit (131072)"),
+        ("c" * 10_000_000 + ",cat,3", "the line has more than 1,048,576 characters"),
         ("c" * 100_000 + ",cat,3", "has 100,000 characters"),
     ],
     ids=["short", "long", "no path", "zero byte", "10 MB", "100 kB"],
@@ -81,6 +81,27 @@ def test_a_row_that_cannot_be_used_is_set_aside_and_the_others_are_not(row: str,
     assert where == f"{tmp_path / 't.csv'}:3"
     assert why in said
     assert len(said) < 200
+
+
+@pytest.mark.parametrize(
+    ("rows", "found", "lines"),
+    [
+        ('a.jpg,"cat,3\nb.jpg,"dog",4\nc.jpg,emu,5\n', ["b.jpg", "c.jpg"], {2}),
+        ('a.jpg,"cat,3\nb.jpg,dog,4\nc.jpg,emu,5\n', ["b.jpg", "c.jpg"], {2}),
+        ('a.jpg,"cat,3\nb.jpg,dog,4\nc.jpg,"emu,5\nd.jpg,fox,6\n', ["b.jpg", "d.jpg"], {2, 4}),
+        ('a.jpg,ca"t,3\nb.jpg,dog,4\n', ["b.jpg"], {2}),
+        ('a.jpg,"ca"t,3\nb.jpg,dog,4\n', ["a.jpg", "b.jpg"], set()),
+        ('a.jpg,"c\na\nt",3\nb.jpg,dog,4\n', ["a.jpg", "b.jpg"], set()),
+        ('a.jpg,"cat,3\n' + "".join(f"{i}.jpg,dog,4\n" for i in range(5000)), [f"{i}.jpg" for i in range(5000)], {2}),
+    ],
+)
+def test_a_stray_quote_costs_its_own_line(rows: str, found: list[str], lines: set[int], tmp_path: Path) -> None:
+    """And never moves a label to another row."""
+    columns, set_aside, _ = read("path,kind,age\n" + rows, tmp_path)
+    assert columns["path"] == found
+    assert {int(where.rsplit(":", 1)[1]) for where, _ in set_aside.listed} == lines
+    for path, age in zip(columns["path"], columns["age"], strict=True):
+        assert age == {"a": 3.0, "b": 4.0, "c": 5.0, "d": 6.0}.get(path[0], 4.0)
 
 
 @pytest.mark.parametrize("age", ["inf", "-inf", "1e400", "three", "1_000", "3 years", "0x10", "½", "3\0"])
@@ -119,7 +140,7 @@ def test_a_path_keeps_its_bytes(tmp_path: Path) -> None:
         ("path,kind,age,kind\na,b,1,c\n", r"t.csv:1: the header has column 'kind' 2 times"),
         ("path,kinds,age\na,b,1\n", r"t.csv:1: unknown column 'kind'.*did you mean 'kinds'"),
         (GOOD.replace(",", ";"), r"the fields look parted by ';': give delimiter"),
-        ("x" * 200_000 + "\n", r"t.csv:1: the header cannot be read: field larger than"),
+        ("x" * 200_000 + "\n", r"t.csv:1: the header cannot be read: a field has 200,000 characters"),
     ],
     ids=["empty", "header only", "no good row", "duplicate", "unknown", "semicolons", "huge"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ class Evil:
         ("text", r"cannot read '.*v.npz', which must be .npz or .safetensors: File is not a zip"),
         ("pickle", r"cannot read '.*v.npz'.*allow_pickle"),
         ("bomb", r"unpacks to 8,000,\d+ bytes, more than the 1,000,000 that are read"),
+        ("claims", r"cannot read '.*v.npz'.*features.npy says that it has shape \(68719476736,\), and has"),
+        ("ids", r"'kind': integers up to 10,000,000,000 are no classes; name the arrays that are labels in targets"),
         ("no features", r"v.npz: no array 'features'; there are: code, kind, person, size"),
         ("three dimensions", r"'features' must be \(N, D\); found shape \(60, 2, 4\)"),
         ("short labels", r"'kind' must have one entry per row of the features, 60; found shape \(59,\)"),
@@ -132,6 +135,12 @@ def test_a_file_that_is_none_is_an_error_and_nothing_in_it_runs(
         case "bomb":
             np.savez_compressed(file, features=np.zeros((1000, 1000)))
             monkeypatch.setattr(vectors, "LARGEST", 1_000_000)
+        case "claims":
+            text = "{'descr': '<f8', 'fortran_order': False, 'shape': (68719476736,), }".ljust(117).encode()
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("features.npy", np.lib.format.magic(1, 0) + b"\x76\x00" + text + b"\n" + bytes(40))
+        case "ids":
+            np.savez(file, **{**given, "kind": np.arange(60) + 10**10 - 59})
         case "no features":
             np.savez(file, **{name: value for name, value in given.items() if name != "features"})
         case "three dimensions":

@@ -67,7 +67,7 @@ class Table:
     """What is used of a table, row by row: `names` relative to `folder`, and where each row goes (0 to 2)."""
 
     folder: Path
-    names: list[bytes]
+    names: mtl.TextColumn
     split: NDArray[np.int8]
     classes: dict[str, mtl.ClassColumn]
     numbers: dict[str, mtl.NumberColumn]
@@ -97,7 +97,7 @@ def csv_images(split: mtl.Split, root: Path, options: CsvImagesOptions) -> mtl.I
         values = numbers.values[rows]
         labels[name], valid[name] = np.nan_to_num(values).astype(np.float32), np.isfinite(values)
     return mtl.ImageFiles(
-        (table.names[row] for row in rows),
+        (table.names[row] for row in rows.tolist()),
         labels,
         {name: mask for name, mask in valid.items() if not mask.all()},
         {name: column.names for name, column in table.classes.items()},
@@ -107,6 +107,19 @@ def csv_images(split: mtl.Split, root: Path, options: CsvImagesOptions) -> mtl.I
         folder=table.folder,
         set_aside=table.set_aside,
     )
+
+
+def _plain(names: mtl.TextColumn, folder: Path) -> mtl.TextColumn:
+    """Each file under one name, relative to the folder, however the table spells it."""
+    plain, prefix = mtl.TextColumn(), os.fsencode(os.path.join(folder, ""))
+    for name in names:
+        odd = name.startswith((b"/", b"./")) or b"//" in name or b"/./" in name
+        plain.append(
+            b"/".join(part for part in name.removeprefix(prefix).split(b"/") if part not in (b"", b"."))
+            if odd and not (name.startswith(b"/") and not name.startswith(prefix))
+            else name
+        )
+    return plain
 
 
 @lru_cache(maxsize=2)
@@ -123,11 +136,18 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     columns += [(options.split, split)] if options.split is not None else []
     columns += [(options.group, group)] if options.group is not None else []
     lines = mtl.read_table(file, columns, set_aside, delimiter=options.delimiter, encoding=options.encoding)
-    names = list(images)
+    names = _plain(images, folder)
     kept, refused = mtl.usable_files(folder, names)
+    repeated = mtl.match_names((), names)[1]
+    kept[repeated] = False
+    for second in repeated.tolist():
+        said = f"a second row of {os.fsdecode(names[second])!a}"
+        set_aside.add(f"{file}:{lines[second]}", said, "rows of images that have one")
     for row, why in refused:
         set_aside.add(f"{file}:{lines[row]}", f"{options.images} {os.fsdecode(names[row])!a} {why}", f"files: {why}")
     set_aside.refuse_above(options.bad, int(kept.sum()), f"rows of {str(file)!r}", ("rows", "files"))
+    for column in classes.values():
+        column.forget(~kept)
     groups = group.codes if options.group is not None else None
     if options.split is not None:
         where = np.array(list(SPLITS.values()), np.int8)[split.codes]

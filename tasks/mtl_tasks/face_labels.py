@@ -154,14 +154,14 @@ def _read_meta(file: Path, options: LabelOptions, set_aside: mtl.SetAside, sourc
     if len(header) > 5 and header[5]:
         columns.append((header[5], age))
         sources.add("years")
-    lines = _rows(file, columns, set_aside, options.bad, META)
+    lines = _rows(file, columns, set_aside, options.bad, META, optional=len(header) - 5)  # not all have an age
     names = list(name)
     _, again = mtl.match_names((), names)
     for row in again.tolist():
         set_aside.add(
             f"{file}:{lines[row]}", f"a second row of {os.fsdecode(names[row])!a}", "rows of identities that have one"
         )
-    said = _said(len(names), gender, age if len(columns) > 2 else None, options)
+    said = _said(len(names), gender, age if len(columns) > 2 else None)
     return names, said
 
 
@@ -181,7 +181,7 @@ def _read_images(
     sources |= {"years"} if table.age is not None else set()
     sources |= {"groups"} if table.age_group is not None else set()
     given = gender if table.gender is not None else None
-    said = _said(len(lines), given, age if table.age is not None else None, options)
+    said = _said(len(lines), given, age if table.age is not None else None)
     if table.age_group is not None:
         said = Said(said.gender, said.age, group.codes.astype(np.int8), said.young)
     return name, said
@@ -207,6 +207,7 @@ def _rows(
     set_aside: mtl.SetAside,
     bad: float,
     names: Sequence[str] | None = None,
+    optional: int = 0,
 ) -> NDArray[np.int32]:
     """Read a table; the lines of its rows.
 
@@ -214,7 +215,7 @@ def _rows(
         DataError: more than the share `bad` of them cannot be used.
     """
     own = mtl.SetAside()
-    lines = mtl.read_table(file, columns, own, names=names)
+    lines = mtl.read_table(file, columns, own, names=names, optional=optional)
     own.refuse_above(bad, len(lines), f"rows of {str(file)!r}", "rows")
     set_aside.take(own)
     return lines
@@ -226,18 +227,14 @@ def _note_repeated(file: Path, names: mtl.TextColumn, lines: NDArray[np.int32], 
         set_aside.add(f"{file}:{lines[row]}", "a second row of an image", "rows of images that have one")
 
 
-def _said(count: int, gender: mtl.ClassColumn | None, age: mtl.NumberColumn | None, options: LabelOptions) -> Said:
+def _said(count: int, gender: mtl.ClassColumn | None, age: mtl.NumberColumn | None) -> Said:
     """What genders and ages in years come to."""
-    none = np.full(count, -1, np.int8)
-    years = np.full(count, np.nan, np.float32) if age is None else age.values.astype(np.float32)
-    known = np.isfinite(years)
-    group = np.where(known, np.searchsorted(np.array(options.age_bounds), years, side="right"), -1).astype(np.int8)
-    young = np.where(known, years < (options.young_below or 0.0), -1).astype(np.int8)
+    said = Said.nothing(count)
     return Said(
-        none if gender is None else gender.codes.astype(np.int8),
-        years,
-        group if options.age_bounds and not options.age_groups else none,
-        young if options.young_below is not None else none,
+        said.gender if gender is None else gender.codes.astype(np.int8),
+        said.age if age is None else age.values.astype(np.float32),
+        said.group,
+        said.young,
     )
 
 
@@ -248,14 +245,24 @@ def targets(
     classes: dict[str, tuple[str, ...]] = {"gender": GENDERS}
     codes = {"gender": said.gender}
     if groups := _group_names(sources, options):
-        classes["age_group"], codes["age_group"] = groups, said.group
+        in_years = bool(options.age_bounds) and not options.age_groups
+        classes["age_group"], codes["age_group"] = groups, _cut(said.age, options.age_bounds) if in_years else said.group
     if "maad" in sources or (options.young_below is not None and "years" in sources):
-        classes["young"], codes["young"] = ("not young", "young"), said.young
+        young = said.young
+        if options.young_below is not None:
+            reached = _cut(said.age, [options.young_below])
+            young = np.where(young < 0, np.where(reached >= 0, 1 - reached, reached), young)
+        classes["young"], codes["young"] = ("not young", "young"), young
     labels: dict[str, Any] = {name: np.maximum(held, 0) for name, held in codes.items()}
     valid: dict[str, Any] = {name: held >= 0 for name, held in codes.items()}
     if "years" in sources:
         labels["age"], valid["age"] = np.nan_to_num(said.age), np.isfinite(said.age)
     return labels, valid, classes
+
+
+def _cut(years: NDArray[np.float32], bounds: Sequence[float]) -> NDArray[np.int8]:
+    """How many of the bounds an age reaches; -1 where there is no age."""
+    return np.where(np.isfinite(years), np.searchsorted(np.array(bounds), years, side="right"), -1).astype(np.int8)
 
 
 def _group_names(sources: frozenset[str], options: LabelOptions) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class ImageFoldersOptions(mtl.Options):
 
     folder: Path
     """Under the data root; no file outside it is opened. Where it holds a folder `train`, that one, `val` and `test` are the
-    splits, as far as they are there; else splits are made by hash."""
+    splits, as far as they are there and whatever the case; else splits are made by hash."""
     size: tuple[Side, Side]
     """(Height, width) in pixels that every image is resized to."""
     channels: Literal[1, 3] = 3
@@ -73,7 +73,7 @@ class Found:
         self.names = mtl.TextColumn()
         self.levels = {level: mtl.ClassColumn() for level in options.levels}
         self.set_aside = mtl.SetAside()
-        by_folder = (folder / "train").is_dir()
+        by_folder = any(one.name.lower() == "train" and one.is_dir() for one in folder.iterdir())
         counts: list[int] = []
         splits: list[str] = []
         for place in mtl.walk(folder, SUFFIXES):
@@ -82,7 +82,7 @@ class Found:
             parts = os.fsdecode(place.folder).split("/") if place.folder else []
             split = ""
             if by_folder:
-                split = SPLITS.get(parts[0], "") if parts else ""
+                split = SPLITS.get(parts[0].lower(), "") if parts else ""
                 if not split:
                     for name in place.files:
                         self._refuse(os.path.join(place.folder, name), "is in no split's folder")

@@ -10,6 +10,7 @@ data:
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -24,6 +25,8 @@ import mtl
 
 LARGEST = 1 << 36
 """Bytes that the arrays of a file may come to."""
+MOST = 10_000
+"""Classes that are believed to be meant by integers."""
 SPLITS = ("train", "val", "test")
 
 
@@ -66,7 +69,7 @@ def vectors(split: mtl.Split, root: Path, options: VectorsOptions) -> mtl.ArrayD
     classes: dict[str, tuple[str, ...]] = {}
     for name in targets:
         column = _column(arrays, name, len(features), options.file)
-        codes, mask, names = _labels(column, options.classes.get(name))
+        codes, mask, names = _labels(f"{options.file}: {name!r}", column, options.classes.get(name))
         labels[name] = codes[chosen]
         if names:
             classes[name] = names
@@ -90,16 +93,30 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
         with zipfile.ZipFile(file) as archive:
             if (size := sum(member.file_size for member in archive.infolist())) > LARGEST:
                 raise mtl.DataError(f"{str(file)!r} unpacks to {size:,} bytes, more than the {LARGEST:,} that are read")
+            for member in archive.infolist():
+                _check_header(archive, member)
         with np.load(file, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
     except FileNotFoundError:
         raise mtl.DataError(f"there is no file {str(file)!r}") from None
     except mtl.MTLError:
         raise
-    except MemoryError:
-        raise
     except Exception as error:  # what a damaged file makes the readers raise is anybody's guess
         raise mtl.DataError(f"cannot read {str(file)!r}, which must be .npz or .safetensors: {error}") from None
+
+
+def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """An array is not larger than what is there of it.
+
+    Raises:
+        ValueError: it says that it is.
+    """
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > member.file_size or min(shape, default=0) < 0:
+        raise ValueError(f"{member.filename} says that it has shape {shape}, and has {member.file_size:,} bytes")
 
 
 def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
@@ -122,7 +139,7 @@ def _column(arrays: dict[str, NDArray[Any]], name: str, count: int, file: Path) 
 
 
 def _labels(
-    column: NDArray[Any], names: tuple[str, ...] | None
+    what: str, column: NDArray[Any], names: tuple[str, ...] | None
 ) -> tuple[NDArray[Any], NDArray[np.bool_], tuple[str, ...] | None]:
     """Labels, which of them there are, and what they stand for if they are classes."""
     if column.dtype.kind == "f":
@@ -136,6 +153,10 @@ def _labels(
         names = texts.names
     else:
         codes = column.astype(np.int64)
+        if not names and (largest := int(codes.max(initial=0))) >= MOST:
+            raise mtl.DataError(
+                f"{what}: integers up to {largest:,} are no classes; name the arrays that are labels in targets"
+            )
         names = names or tuple(map(str, range(max(2, int(codes.max(initial=0)) + 1))))
     return np.maximum(codes, 0), codes >= 0, names
 

@@ -87,6 +87,11 @@ def faces(split: mtl.Split, folder: Path, options: FacesOptions) -> mtl.ImageFil
     said = tables.identities[1].at(of_identity[index.identity])
     for names, more in (tables.maad, tables.images):
         rows, _ = mtl.match_names(index.names, names)
+        if split == mtl.Split.TRAIN and len(names) and not (rows >= 0).any():
+            raise mtl.DataError(
+                f"none of {len(names):,} rows of a table speaks of one of the {len(index):,} training images: rows are named "
+                f"like {os.fsdecode(names[0])!r}, images like {os.fsdecode(index.names[0])!r}"
+            )
         said = more.at(rows).over(said)
     labels, valid, classes = targets(said, tables.sources, options)
     return mtl.ImageFiles(
@@ -94,7 +99,7 @@ def faces(split: mtl.Split, folder: Path, options: FacesOptions) -> mtl.ImageFil
         labels,
         valid,
         classes,
-        index.identity,
+        index.identity if split == mtl.Split.TRAIN else -1 - index.identity,  # other people than those of training
         size=options.size,
         channels=options.channels,
         folder=folder / FOLDERS[split],

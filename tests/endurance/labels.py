@@ -20,7 +20,7 @@ from mtl.progress import Silent
 from mtl.trainer import Run, train_step
 from tests.endurance.rows import Cases, row
 
-N = 24
+N = 100
 HEADS: dict[str, tuple[mtl.Head, Any]] = {
     "classification": (mtl.Classification(("x", "y", "z")), np.arange(N) % 3),
     "ordinal": (mtl.Ordinal(("x", "y", "z")), np.arange(N) % 3),
@@ -111,7 +111,7 @@ def missing_labels(folder: Path, short: bool) -> Cases:
         task = runs[0].model.tasks[0]
         output = task.head.build((8,))(torch.randn(N, 8, generator=torch.Generator().manual_seed(0)))
         for share in (0.5, 0.99):
-            mask = torch.arange(N) >= (N // 2 if share == 0.5 else N - 1)
+            mask = torch.arange(N) >= (N // 2 if share == 0.5 else 99)
             part = Batch(batch.dataset, batch.images, batch.targets, {**batch.valid, task.name: mask})
             masked = summed_loss(task, output, part)
             subset = task.unreduced_loss(output[mask], batch.targets[task.name][mask])
