@@ -81,7 +81,8 @@ def main() -> None:
             },
         )
     except mtl.MTLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = "" if "target 'age" not in str(error) else "; no table says an age: give --ages FILE, or --maad FILE for groups"
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

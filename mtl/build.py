@@ -394,6 +394,11 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     return {
         "tasks": {task.name: {"dataset": task.dataset, "target": task.target, **task.head.describe()} for task in model.tasks},
         "samples": {split: {name: len(part) for name, part in parts.items()} for split, parts in ready.samples.items()},
+        "labelled": {
+            split: {task: n for part in parts.values() for task, n in part.labelled.items()}
+            for split, parts in ready.samples.items()
+        },
+        "set_aside": ready.aside.counts(),
         "input_shape": list(next(iter(ready.samples[Split.TRAIN].values())).shape),
         "layer_points": [{"point": p.name, "shape": list(p.shape), "role": p.role} for p in model.points],
         "parameters": model.parameter_count(),

@@ -47,7 +47,7 @@ class SetAside:
         self.counts.update(other.counts)
         self.listed += other.listed[: LISTED - len(self.listed)]
 
-    def refuse_above(self, share: float, used: int, what: str, kinds: str | tuple[str, ...] = "") -> None:
+    def refuse_above(self, share: float, used: int, what: str, kinds: str | tuple[str, ...] = "", about: str = "") -> None:
         """Refuse data of which too much was set aside.
 
         Args:
@@ -55,6 +55,7 @@ class SetAside:
             used: how many were not.
             what: they are.
             kinds: only what is counted under something that begins so counts.
+            about: of the things listed those are shown that begin so.
 
         Raises:
             DataError: more than that was, or nothing is left.
@@ -64,10 +65,10 @@ class SetAside:
             return
         if not lost:
             raise DataError(f"there are no {what}")
-        first = "; ".join(f"{where}: {why}" for where, why in self.listed[:3])
+        first = "; ".join([f"{where}: {why}" for where, why in self.listed if not about or why.startswith(about)][:3])
         raise DataError(
-            f"{lost:,} of {used + lost:,} {what} cannot be used ({self.summary()}), more than bad={share:g} allows; the first: "
-            f"{first}"
+            f"{lost:,} of {used + lost:,} {what} cannot be used ({self.summary(kinds)}), more than bad={share:g} allows; the "
+            f"first: {first}"
         )
 
     @property
@@ -75,9 +76,24 @@ class SetAside:
         """How many in all."""
         return self.counts.total()
 
-    def summary(self) -> str:
-        """Why and how many, the most frequent first."""
-        return "; ".join(f"{count:,} {why}" for why, count in self.counts.most_common())
+    def summary(self, kinds: str | tuple[str, ...] = "") -> str:
+        """Why and how many, the most frequent first; of those that begin so."""
+        return "; ".join(f"{count:,} {why}" for why, count in self.counts.most_common() if why.startswith(kinds))
+
+    def refuse_values_above(self, share: float, file: object, usable: Mapping[str, int]) -> None:
+        """Refuse a table of which a column holds too many values that are none of its kind; missing ones are not counted.
+
+        Args:
+            share: of a column's values that may be.
+            file: the table.
+            usable: column -> how many of its values can be used.
+
+        Raises:
+            DataError: more than that cannot.
+        """
+        for name, count in usable.items():
+            if any(why.startswith(f"values of {name} ") for why in self.counts):
+                self.refuse_above(share, count, f"values of {name} in {str(file)!r}", f"values of {name} ", f"{name} ")
 
 
 class Column(ABC):

@@ -64,17 +64,23 @@ def _prints(part: Samples, split: str) -> NDArray[np.bytes_]:
 
 
 def _conflicting(task: str, splits: Mapping[Split, Samples], prints: Mapping[Split, NDArray[np.bytes_]]) -> int:
-    """How many different images have two labels of a task that are not the same."""
+    """How many different images have two labels of a task that are not the same; labels with a part missing do not count."""
     found, labels = [], []
     for split, part in splits.items():
         target, mask = part.targets[task].cpu(), part.valid[task]
-        seen = torch.ones(len(part), dtype=torch.bool) if mask is None else mask.cpu().reshape(len(part), -1).all(1)
+        seen = torch.ones(len(part), dtype=torch.bool) if mask is None else mask.cpu().view(len(part), -1).all(1)
         found.append(prints[split][seen.numpy()])
-        labels.append(target[seen].reshape(int(seen.sum()), -1))
+        labels.append(_hashes(target[seen]))
     image = np.unique(np.concatenate(found), return_inverse=True)[1]
-    kinds = torch.cat(labels).unique(dim=0, return_inverse=True)[1].numpy() if image.size else image
+    kinds = np.unique(np.concatenate(labels), return_inverse=True)[1]
     pairs = np.unique(np.stack([image, kinds]), axis=1)
     return int((np.bincount(pairs[0]) > 1).sum()) if image.size else 0
+
+
+def _hashes(rows: Tensor) -> NDArray[np.bytes_]:
+    """(N,): 16 bytes for each row (N, ...)."""
+    text = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows.contiguous().numpy())
+    return np.frombuffer(text, "S16")
 
 
 def warnings_of(samples: Mapping[Split, Mapping[str, Samples]]) -> list[str]:

@@ -28,7 +28,8 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
     Raises:
         MTLError: as training does before its first step.
     """
-    config = resolved(config)
+    allowed = config.data.bad_files
+    config = resolved(config.replaced(data=config.data.model_copy(update={"bad_files": 1.0})))  # all are counted
     tasks = make_tasks(config)
     with make_decoders(config) as decoders:
         samples = load_data(config, tasks, decoders=decoders)
@@ -52,6 +53,11 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                 ]
                 if count := same.conflicting[task]:
                     warnings.append(f"task {task}: {count:,} images are there twice with different labels")
+            for split, part in splits.items():
+                if (bad := _counts(part)["unreadable"]) > max(allowed and 1, allowed * len(part)):
+                    warnings.append(
+                        f"dataset {name}: {bad:,} of {len(part):,} {split} images cannot be read: more than data.bad_files"
+                    )
             aside = SetAside()
             for one in {id(part.set_aside): part.set_aside for part in splits.values()}.values():
                 aside.take(one)

@@ -39,9 +39,7 @@ def common_shape(samples: Mapping[str, Samples], wanted: Shape | None = None) ->
         )
     shape = wanted or tuple(max(sides) for sides in zip(*shapes.values(), strict=True))
     if any(own[0] not in (1, shape[0]) for own in shapes.values()):
-        raise DataError(
-            f"images cannot be brought to {shape[0]} channels; found {found}; set data.input_shape, or change one of them"
-        )
+        raise DataError(f"images cannot be brought to {shape[0]} channels; found {found}; only grey ones can get more")
     return shape
 
 

@@ -33,6 +33,8 @@ class Mixing(Options):
     @model_validator(mode="before")
     @classmethod
     def _by_policy(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "temperature" in data and "policy" not in data:
+            return {"policy": "temperature", **data}
         return {"policy": data} if isinstance(data, str) else data
 
     def batch_sizes(self, counts: Mapping[str, int], batch_size: int) -> dict[str, int]:

@@ -444,10 +444,13 @@ def test_bad_data_is_refused_before_anything_is_written(
     assert list(cwd.iterdir()) == []
 
 
-def test_datasets_of_different_shapes_are_refused_together(config: Path, cwd: Path, plugin: Path) -> None:
+def test_datasets_of_different_shapes_are_brought_to_one(config: Path, cwd: Path, plugin: Path) -> None:
     both = ("tasks=[cli_fine_task, shapes_kind]", "data.datasets.shapes.train=200", "data.datasets.shapes.test=20")
     outcome = command("train", config, *both, "data.validation=0.1", "--plugin", plugin)
-    check_refused(outcome, "one shape", "cli_fine (1, 8, 8)", "shapes (3, 32, 32)")
+    assert outcome.status == 0, outcome
+    assert "images are brought to (3, 32, 32): cli_fine from (1, 8, 8)" in outcome.err
+    wrong = command("train", config, *both, "data.validation=0.1", "--plugin", plugin, "data.input_shape=[1,8,8]")
+    check_refused(wrong, "cannot be brought to 1 channels", "shapes (3, 32, 32)")
 
 
 def test_plugin_that_cannot_be_loaded(config: Path, cwd: Path) -> None:

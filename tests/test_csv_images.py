@@ -142,7 +142,7 @@ def test_missing_values_are_missing_labels(root: Path) -> None:
     text = (root / "pets.csv").read_text().splitlines()
     text[5] = ",".join([text[5].split(",")[0], "unknown", "heavy", "o1"])
     (root / "pets.csv").write_text("\n".join(text) + "\n")
-    parts = load(config(root, ("colour", "weight")))
+    parts = load(config(root, ("colour", "weight"), bad=0.02))
     assert sum(part.labelled["colour"] for part in parts.values()) == 59
     assert sum(part.labelled["weight"] for part in parts.values()) == 59
     assert parts[Split.TRAIN].set_aside.summary() == "1 values of weight that cannot be used"
@@ -158,7 +158,7 @@ def test_too_many_bad_rows_stop_the_run(root: Path) -> None:
 def test_the_order_of_classes_may_be_given(root: Path) -> None:
     given = config(root, classes={"colour": ["red", "green", "blue"]})
     assert load(given)[Split.TRAIN].classes == {"colour": ("red", "green", "blue")}
-    few = load(config(root, classes={"colour": ["red", "green"]}))[Split.TRAIN]
+    few = load(config(root, classes={"colour": ["red", "green"]}, bad=0.6))[Split.TRAIN]
     assert few.set_aside.counts["values of colour that cannot be used"] > 0
 
 
@@ -226,3 +226,16 @@ def test_groups_that_a_split_column_parts_are_refused(root: Path) -> None:
     (root / "pets.csv").write_text("\n".join([f"{lines[0]},split", *rows[:-1], rows[-1].replace("test", "train")]) + "\n")
     with pytest.raises(mtl.DataError, match="1 groups are in both train and test"):
         load(config(root, split="split", group="owner"))
+
+
+def test_too_many_unusable_values_of_a_column_are_refused(root: Path) -> None:
+    text = (root / "pets.csv").read_text().splitlines()
+    for i in range(1, 11):
+        fields = text[i].split(",")
+        fields[2] = "12.3 kg"
+        text[i] = ",".join(fields)
+    (root / "pets.csv").write_text("\n".join(text) + "\n")
+    message = r"10 of 60 values of weight in '.*pets.csv' cannot be used .*, more than bad=0.01 .*pets.csv:2: weight"
+    with pytest.raises(mtl.DataError, match=message):
+        load(config(root, ("weight",)))
+    assert load(config(root, ("weight",), bad=0.2))[Split.TRAIN].set_aside.total == 10

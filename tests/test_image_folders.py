@@ -115,10 +115,14 @@ def test_files_that_are_none_are_counted(tmp_path: Path) -> None:
     [
         ({"folder": "none"}, r"there is no folder '.*none'"),
         ({"folder": "."}, r"there are no JPEG and PNG files in '.*'"),
+        ({"folder": "flat"}, r"no folder in '.*flat' says a 'kind': all images lie higher up"),
         ({"levels": ["kind", "kind"]}, r"must be different names; found \['kind', 'kind'\]"),
         ({"group": "owner"}, r"must be one of the levels kind, colour; found 'owner'"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    if options.get("folder") == "flat":
+        (tmp_path / "flat").mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "1.png")
     with pytest.raises(mtl.MTLError, match=message):
         load(config(tmp_path, **options))

@@ -104,12 +104,16 @@ def test_files_are_read_and_the_command_prints_json(tmp_path: Path, monkeypatch:
     (tmp_path / "toys" / "test" / "a" / "2.png").write_bytes(b"x")  # in the same place as a training image that is none
     Path(tmp_path / "c.yaml").write_text(
         f"tasks: [{{name: kind, task: column_class, dataset: image_folders}}]\nbackbone: {{name: mlp, widths: [4]}}\n"
-        f"data: {{root: {tmp_path}, validation: 0, bad_files: 0.5, workers: 0, datasets: {{image_folders: {{folder: toys, "
+        f"data: {{root: {tmp_path}, validation: 0, bad_files: 0.1, workers: 0, datasets: {{image_folders: {{folder: toys, "
         "levels: [kind], size: [6, 6]}}}\n"
     )
     done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "c.yaml"), "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
+    assert found["warnings"][1:] == [
+        "task kind: 1 images are there twice with different labels",
+        "dataset image_folders: 2 of 12 train images cannot be read: more than data.bad_files",
+    ]
     assert found["image_folders"]["shared"] == {"train, test": 1}
     assert found["image_folders"]["conflicting"] == {"kind": 1}
     assert found["image_folders"]["duplicates"] == {"train": 0, "test": 0}  # two unreadable files are not one image

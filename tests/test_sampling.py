@@ -80,6 +80,7 @@ def test_shares_of_a_batch() -> None:
     assert Mixing(policy="temperature", temperature=1).batch_sizes(counts, 50) == {"a": 80, "b": 20}
     assert Mixing(policy="proportional").batch_sizes({"a": 10_000, "b": 3}, 8) == {"a": 16, "b": 2}
     assert Mixing.model_validate("proportional") == Mixing(policy="proportional")
+    assert Mixing.model_validate({"temperature": 3}) == Mixing(policy="temperature", temperature=3)
     for wrong in ({"policy": "most"}, {"temperature": 0.5}, {"epoch": "all"}):
         with pytest.raises(ValueError, match=r"policy|temperature|epoch"):
             Mixing(**wrong)

@@ -437,9 +437,16 @@ def test_two_datasets_train_together(tmp_path: Path, tiny_config: dict[str, Any]
         assert (result.test["other_b"]["n"], result.test["tiny_a"]["n"]) == (30, 24)
 
 
-def test_datasets_of_different_shape_are_refused(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
-    config = RunConfig(**{**tiny_config, "tasks": ["tiny_a", "shapes_kind"], "data": {"validation": 6}})
-    with pytest.raises(mtl.DataError, match=r"samples of one shape; found shapes \(3, 32, 32\), tiny \(1, 8, 8\)"):
+def test_images_and_vectors_are_refused_together(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    @mtl.register_dataset("lines")
+    def lines(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        return mtl.ArrayDataset(np.zeros((20, 5), np.float32), {"x": np.arange(20) % 2})
+
+    mtl.register_task("lines_x")(lambda: mtl.Task("lines", "x", mtl.Classification(("a", "b"))))
+    config = RunConfig(**{**tiny_config, "tasks": ["tiny_a", "lines_x"], "data": {"validation": 6}})
+    with pytest.raises(
+        mtl.DataError, match=r"samples of one shape, and only images can .*found lines \(5,\), tiny \(1, 8, 8\)"
+    ):
         mtl.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -59,7 +59,7 @@ class CsvImagesOptions(mtl.Options):
     encoding: str = "utf-8"
     """Of the table."""
     bad: float = Field(0.01, ge=0, le=1)
-    """Share of the rows that may be set aside; more is an error."""
+    """Share of the rows, and of the values of each column, that may be unusable; more is an error."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     for row, why in refused:
         set_aside.add(f"{file}:{lines[row]}", f"{options.images} {os.fsdecode(names[row])!a} {why}", f"files: {why}")
     set_aside.refuse_above(options.bad, int(kept.sum()), f"rows of {str(file)!r}", ("rows", "files"))
+    usable = {name: int((column.codes >= 0).sum()) for name, column in classes.items()}
+    usable |= {name: int(np.isfinite(column.values).sum()) for name, column in numbers.items()}
+    set_aside.refuse_values_above(options.bad, file, usable)
     for column in classes.values():
         column.forget(~kept)
     groups = group.codes if options.group is not None else None

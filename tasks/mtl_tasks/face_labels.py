@@ -217,8 +217,15 @@ def _rows(
     own = mtl.SetAside()
     lines = mtl.read_table(file, columns, own, names=names, optional=optional)
     own.refuse_above(bad, len(lines), f"rows of {str(file)!r}", "rows")
+    own.refuse_values_above(bad, file, {name: _usable(column) for name, column in columns})
     set_aside.take(own)
     return lines
+
+
+def _usable(column: mtl.Column) -> int:
+    if isinstance(column, mtl.NumberColumn):
+        return int(np.isfinite(column.values).sum())
+    return int((column.codes >= 0).sum()) if isinstance(column, mtl.ClassColumn) else 0
 
 
 def _note_repeated(file: Path, names: mtl.TextColumn, lines: NDArray[np.int32], set_aside: mtl.SetAside) -> None:

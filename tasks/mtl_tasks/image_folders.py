@@ -97,6 +97,9 @@ class Found:
                 for _ in place.files:
                     column.append(value)
         self.set_aside.refuse_above(options.bad, sum(counts), f"JPEG and PNG files in {str(folder)!r}")
+        for missing, column in self.levels.items():
+            if not column.names:
+                raise mtl.DataError(f"no folder in {str(folder)!r} says a {missing!r}: all images lie higher up")
         self.split = np.repeat(np.array(splits), counts) if by_folder else self._hashed(options)
 
     def _refuse(self, name: bytes, why: str) -> None:

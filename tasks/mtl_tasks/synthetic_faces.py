@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,8 @@ def folder_of(root: Path, options: SyntheticFacesOptions) -> Path:
     digest = hashlib.sha256(json.dumps([DRAWING, drawn], sort_keys=True).encode()).hexdigest()[:8]
     folder = root / "synthetic_faces" / f"{options.people}+{options.test_people}x{options.pictures}-seed{options.seed}-{digest}"
     if not folder.is_dir():
+        count = (options.people + options.test_people) * options.pictures
+        print(f"synthetic_faces: drawing {count:,} faces into {folder}, once", file=sys.stderr, flush=True)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawing-") as unfinished:
