@@ -523,6 +523,16 @@ def test_a_large_photo_is_decoded_small_and_looks_the_same(tmp_path: Path, monke
     assert difference.max() <= 5
 
 
+def test_what_has_to_be_decoded_whole_may_be_less_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smooth(512, 640).save(tmp_path / "x.jpg")
+    smooth(512, 640).save(tmp_path / "x.png")
+    monkeypatch.setattr("mtl.images.LARGEST_WHOLE", 300_000)
+    assert read_image(tmp_path / "x.jpg", 3, (48, 64)).shape == (3, 48, 64)  # a quarter of it is decoded
+    for file, size in (("x.png", (48, 64)), ("x.jpg", (400, 400)), ("x.jpg", None)):
+        with pytest.raises(mtl.DataError, match=r"640 x 512 pixels are more than the 300,000 that are read"):
+            read_image(tmp_path / file, 3, size)
+
+
 # --- the index --------------------------------------------------------------------------------------------------------------
 
 
