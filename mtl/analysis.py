@@ -22,9 +22,9 @@ from mtl.evaluation import evaluate
 from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, Outputs
 from mtl.progress import Progress, Silent
-from mtl.rundir import write_whole
 from mtl.sharing import Exchange
 from mtl.task import Task
+from mtl.writing import write_whole
 
 QUANTILES = 65
 """Points of the curve of a unit's values per channel, in order of size."""

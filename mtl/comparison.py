@@ -25,8 +25,8 @@ from mtl.errors import ConfigError, RunError, unknown
 from mtl.findings import mean_score, task_score
 from mtl.jobs import Job, Tally, finished, train_all
 from mtl.progress import Progress, Silent
-from mtl.rundir import write_whole
 from mtl.tracking import log_hparams
+from mtl.writing import write_whole
 
 
 @dataclass(frozen=True)

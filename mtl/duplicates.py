@@ -43,12 +43,17 @@ def find(splits: Mapping[Split, Samples]) -> Duplicates:
     """Compare every image of a dataset with every other, by a hash of its pixels as training sees them; all are read."""
     prints = {split: _prints(part, split) for split, part in splits.items()}
     within = {split.value: len(found) - len(np.unique(found)) for split, found in prints.items()}
-    shared = {
+    shared = _shared(prints)
+    tasks = {task for part in splits.values() for task in part.targets}
+    return Duplicates(within, shared, {task: _conflicting(task, splits, prints) for task in sorted(tasks)})
+
+
+def _shared(prints: Mapping[Split, NDArray[np.bytes_]]) -> dict[tuple[str, str], int]:
+    """(Earlier split, later one) -> how many images of the later one are in the earlier one."""
+    return {
         (one.value, other.value): int(np.isin(prints[other], prints[one]).sum())
         for one, other in combinations([split for split in Split if split in prints], 2)
     }
-    tasks = {task for part in splits.values() for task in part.targets}
-    return Duplicates(within, shared, {task: _conflicting(task, splits, prints) for task in sorted(tasks)})
 
 
 def _prints(part: Samples, split: str) -> NDArray[np.bytes_]:
@@ -91,5 +96,6 @@ def warnings_of(samples: Mapping[Split, Mapping[str, Samples]]) -> list[str]:
         splits = {split: parts[name] for split, parts in samples.items() if name in parts}
         images = [part.images for part in splits.values()]
         if sum(one.numel() * one.element_size() if isinstance(one, Tensor) else LARGEST + 1 for one in images) <= LARGEST:
-            lines += find(splits).warnings(name)
+            shared = _shared({split: _prints(part, split) for split, part in splits.items()})
+            lines += Duplicates(shared=shared).warnings(name)
     return lines

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtl.aside import Aside
 from mtl.auto import resolved
 from mtl.build import load_data, make_decoders, make_tasks
-from mtl.columns import SetAside
 from mtl.config import RunConfig
 from mtl.data import Samples, Split, named
 from mtl.duplicates import find
@@ -34,6 +35,7 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
     with make_decoders(config) as decoders:
         samples = load_data(config, tasks, decoders=decoders)
         found: dict[str, Any] = {}
+        aside = Aside(Path(), samples)
         warnings: list[str] = []
         for name in samples[Split.TRAIN]:
             splits = {split: parts[name] for split, parts in samples.items() if name in parts}
@@ -58,9 +60,6 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                     warnings.append(
                         f"dataset {name}: {bad:,} of {len(part):,} {split} images cannot be read: more than data.bad_files"
                     )
-            aside = SetAside()
-            for one in {id(part.set_aside): part.set_aside for part in splits.values()}.values():
-                aside.take(one)
             found[name] = {
                 "shape": list(splits[Split.TRAIN].shape),
                 "splits": {split.value: _counts(part) for split, part in splits.items()},
@@ -68,7 +67,7 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                 "duplicates": same.within,
                 "shared": {f"{one}, {other}": count for (one, other), count in same.shared.items()},
                 "conflicting": same.conflicting,
-                "set_aside": dict(aside.counts),
+                "set_aside": aside.counts().get(name, {}),
             }
     return {**found, "warnings": warnings}
 

@@ -27,7 +27,7 @@ from mtl.errors import DivergedError, RunError
 from mtl.hardware import usable_cores
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
-from mtl.rundir import write_whole
+from mtl.writing import write_whole
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from mtl.options import problems
 from mtl.packed import BLOCK, FORMAT, MANIFEST, damaged, digest_of, read_manifest
 from mtl.progress import Progress
 from mtl.registry import DATASETS, Plugin
+from mtl.writing import temporary_prefix, write_whole
 
 NOTE = "packing.json"
 """What is being packed, so that nothing else is packed on top of it."""
@@ -118,7 +119,7 @@ def _pack(
             _write_split(packing, Reading(decoders, bad_files), progress)
     manifest = _manifest(plugin.name, packings)
     digest = digest_of(json.dumps(manifest).encode())
-    _write_whole(out / MANIFEST, json.dumps({"digest": digest, **manifest}, indent=1).encode())
+    write_whole(out / MANIFEST, json.dumps({"digest": digest, **manifest}, indent=1).encode())
     progress.line("reading it back")
     if wrong := damaged(out):
         (out / MANIFEST).unlink()
@@ -184,9 +185,11 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     """
     note = out / NOTE
     if not note.is_file():
-        if strange := sorted(one.name for one in out.iterdir() if one.name not in (".lock", f".{NOTE}.tmp")):
+        if strange := sorted(
+            one.name for one in out.iterdir() if one.name != ".lock" and not one.name.startswith(temporary_prefix(note))
+        ):
             raise DataError(f"{str(out)!r} is not empty: it holds {', '.join(strange[:5])}; give a new folder")
-        _write_whole(note, json.dumps(about).encode())
+        write_whole(note, json.dumps(about).encode())
         return
     try:
         before = json.loads(note.read_text(encoding="utf-8"))
@@ -228,7 +231,7 @@ def _write_split(packing: Packing, reading: Reading, progress: Progress) -> None
             progress.step(i + 1, {})
     readable = torch.ones(count, dtype=torch.bool)
     readable[[row for row, _, _ in packing.unreadable]] = False
-    _write_whole(packing.folder / f"{packing.split}.safetensors", save({**_labels(packing.data), "readable": readable}))
+    write_whole(packing.folder / f"{packing.split}.safetensors", save({**_labels(packing.data), "readable": readable}))
 
 
 def _take_up(packing: Packing, file: Any, notes: Any, size: int) -> None:
@@ -296,21 +299,6 @@ def _manifest(name: str, packings: dict[Split, Packing]) -> dict[str, Any]:
         "splits": splits,
         "sizes": sizes,
     }
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole, on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def from_command(

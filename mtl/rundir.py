@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
@@ -47,13 +46,6 @@ def make_directory(run_dir: str | Path | None, config: RunConfig) -> Path:
     except OSError as error:
         raise RunError(f"cannot write run directory {str(directory)!r}: {error.strerror or error}") from None
     return directory
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _unused(config: RunConfig) -> Path:

@@ -37,10 +37,10 @@ from mtl.hardware import forget_peak_memory, memory_kept, peak_memory
 from mtl.model import MultiTaskModel, Outputs
 from mtl.optim import L2, lay_out_gradients
 from mtl.progress import Progress
-from mtl.rundir import write_whole
 from mtl.seeding import seeded
 from mtl.standardize import Standardize
 from mtl.tracking import Rows, Tracker, draw_coupling
+from mtl.writing import write_whole
 
 PICTURES = 20
 """A run logs each alpha matrix as a picture about this often."""

@@ -63,13 +63,13 @@ def test_folders_of_splits_are_trained_on_by_config_alone(tmp_path: Path, in_tmp
 def test_without_them_a_hash_of_the_name_decides_and_what_is_added_moves_nothing(tmp_path: Path) -> None:
     write(tmp_path / "toys")
 
-    def test_names() -> set[bytes]:
+    def held_out() -> set[bytes]:
         return set(load(config(tmp_path, test=0.3))[Split.TEST].images.paths.encoded())
 
-    before = test_names()
+    before = held_out()
     assert 0 < len(before) < 20
     write(tmp_path / "toys", *(f"car/red/more{i}.png" for i in range(20)))
-    after = test_names()
+    after = held_out()
     assert before < after
     assert all(b"more" in name for name in after - before)
 

@@ -48,6 +48,7 @@ RANK = {
     "tables": 2,
     "tracking": 0,
     "units": 0,
+    "writing": 0,
     "wide": 0,
     "checkpoint": 1,
     "datasets": 2,

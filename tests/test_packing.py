@@ -239,7 +239,7 @@ def test_what_a_kill_may_leave_does_not_stop_the_next_packing(root: Path, how: s
     pack(root, "whole")
     (root / "p").mkdir()
     if how == "torn note":
-        (root / "p" / ".packing.json.tmp").write_text('{"data')
+        (root / "p" / ".packing.json.7.tmp").write_text('{"data')
     else:
         with monkeypatch.context() as broken:
             broken.setattr(packing, "_manifest", None)
@@ -248,7 +248,7 @@ def test_what_a_kill_may_leave_does_not_stop_the_next_packing(root: Path, how: s
         notes = root / "p" / "train.blocks"
         notes.write_text("5\n" if how == "odd note" else notes.read_text()[:10])
     pack(root)
-    (root / "p" / ".packing.json.tmp").unlink(missing_ok=True)
+    (root / "p" / ".packing.json.7.tmp").unlink(missing_ok=True)
     assert contents(root / "p") == contents(root / "whole")
 
 

@@ -1,0 +1,26 @@
+"""Files that are there whole, on the disk, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file so that a reader, and a crash, sees the old one or the new one, never a part of one."""
+    temporary = path.with_name(f"{temporary_prefix(path)}{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names begin of what a crash may leave of such a file."""
+    return f".{path.name}."
