@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from mtl.balancing import Balancer as Balancer
     from mtl.balancing import Scalarization as Scalarization
     from mtl.batches import Augment as Augment
-    from mtl.build import dry_run as dry_run
     from mtl.build import evaluate_run as evaluate_run
     from mtl.build import train as train
     from mtl.classification import Classification as Classification
@@ -71,6 +70,7 @@ if TYPE_CHECKING:
     from mtl.sharing import SplitAt as SplitAt
     from mtl.sharing import Unshared as Unshared
     from mtl.subsets import hashed_split as hashed_split
+    from mtl.survey import dry_run as dry_run
     from mtl.tables import match_names as match_names
     from mtl.tables import read_table as read_table
     from mtl.tables import table_columns as table_columns
@@ -84,7 +84,7 @@ _HOME = {
     "backbones": ("Backbone",),
     "balancing": ("Balancer", "Scalarization"),
     "batches": ("Augment",),
-    "build": ("dry_run", "evaluate_run", "train"),
+    "build": ("evaluate_run", "train"),
     "classification": ("Classification", "ClassificationOptions"),
     "columns": ("ClassColumn", "Column", "NumberColumn", "SetAside", "TextColumn"),
     "comparison": ("Comparison", "compare"),
@@ -115,6 +115,7 @@ _HOME = {
     "regression": ("Regression",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
     "subsets": ("hashed_split",),
+    "survey": ("dry_run",),
     "tables": ("match_names", "read_table", "table_columns"),
     "task": ("Task",),
     "trainer": ("RunResult",),

@@ -72,12 +72,12 @@ def train(
     """Train one run."""
     with json_only(as_json):
         load_plugins(plugin)
-        from mtl import build
+        from mtl import build, survey
         from mtl.config import load
         from mtl.progress import for_terminal
 
         loaded = load(config, overrides or [])
-        result = build.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
+        result = survey.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
     if dry_run and not as_json:
         names = result.pop("parameter_names")
         result["parameter_names"] = f"{len(names)}, such as {names[0]}; --json lists them"

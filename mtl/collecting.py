@@ -11,7 +11,6 @@ from typing import Any
 
 from mtl.analysis import Analyst, curves
 from mtl.arms import SINGLE_TASK, Arm, Piece, Setting
-from mtl.build import parameters_and_flops, survey
 from mtl.config import RunConfig
 from mtl.data import Split
 from mtl.findings import tell
@@ -20,6 +19,7 @@ from mtl.metrics import relative_of
 from mtl.progress import Progress
 from mtl.rundir import DISTRIBUTION, environment
 from mtl.sampling import Mixing
+from mtl.survey import parameters_and_flops, survey
 
 FORMAT = 1
 """Of `results.json`."""

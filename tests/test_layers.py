@@ -42,6 +42,7 @@ RANK = {
     "resizing": 5,
     "duplicates": 5,
     "inspection": 10,
+    "survey": 10,
     "packed": 5,
     "packing": 7,
     "columns": 1,

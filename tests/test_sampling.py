@@ -18,12 +18,12 @@ from mtl import build
 from mtl.arms import arms_of
 from mtl.auto import resolved
 from mtl.batches import Augment, Feed
-from mtl.build import survey
 from mtl.collecting import Facts
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
 from mtl.resizing import brought_to, common_shape
 from mtl.sampling import Mixing, class_balanced, earlier
+from mtl.survey import survey
 
 
 def samples(n: int, name: str = "d", shape: tuple[int, ...] = (3,), classes: list[int] | None = None) -> Samples:
