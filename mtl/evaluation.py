@@ -15,6 +15,7 @@ from mtl.data import Samples
 from mtl.errors import DataError, MTLError, PluginError
 from mtl.metrics import Meter
 from mtl.model import MultiTaskModel, Outputs
+from mtl.scores import mean_of_scores
 from mtl.task import Task
 
 TaskFigures = dict[str, Any]
@@ -135,7 +136,7 @@ def try_tasks(
 
 
 def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> float | None:
-    """Mean over tasks of each task's bounded, higher-is-better score; None where there are no figures.
+    """`mean_of_scores` of the tasks; None where there are no figures.
 
     Raises:
         DataError: a score is not a number.
@@ -148,4 +149,4 @@ def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> f
             f"the score of {', '.join(bad)} is not a number on this split: its labels may lack a class there; hold out more "
             "data, or give the task another score"
         )
-    return round(float(sum(scores.values()) / len(scores)), 7)
+    return round(mean_of_scores(scores.values()), 7)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from mtl.scores import mean_of_scores
 from mtl.stats import ALPHA, delta_m, estimate, holm, permutation_p, seeds_needed
 
 BETTER, WORSE, OPEN, FEW = "better", "worse", "not shown", "too few seeds"
@@ -55,8 +56,8 @@ def task_score(cell: Mapping[str, Any], task: str, tasks: Mapping[str, Any]) -> 
 
 
 def mean_score(cell: Mapping[str, Any], tasks: Mapping[str, Any]) -> float:
-    """The mean over tasks of their scores."""
-    return sum(task_score(cell, task, tasks) for task in tasks) / len(tasks)
+    """Over the tasks, as runs take it."""
+    return mean_of_scores(task_score(cell, task, tasks) for task in tasks)
 
 
 def _estimated(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ class Regression(DataclassHead):
         return ERRORS[self.error](output / std, target / std, reduction="none")  # type: ignore[operator, no-any-return]
 
     def metrics(self) -> tuple[Metric, ...]:
-        """R^2 (the score; 0 for always predicting the mean, no lower bound), mean absolute and root mean squared error."""
+        """R^2 (the score: 0 for always predicting the mean; no lower bound), mean absolute and root mean squared error."""
         suffix = f"_{self.unit}" if self.unit else ""
         return (
             Metric("r2", "higher", torchmetric("R2Score", of="regression"), score=True),

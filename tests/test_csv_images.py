@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def config(root: Path, tasks: Any = ("colour",), **options: Any) -> RunConfig:
-    kinds = {"colour": "column_class", "weight": "column_number"}
+    kinds = {"colour": "column_class", "weight": "column_number", "traits": "column_flags"}
     given = {"file": "pets.csv", "size": [8, 8], "classes": {"colour": None}, "numbers": ["weight"], **options}
     return RunConfig(
         tasks=[{"name": name, "task": kinds[name]} for name in tasks],
@@ -74,10 +74,15 @@ def test_a_table_is_trained_on_by_config_alone(root: Path, in_tmp: Path) -> None
 
 def test_the_readmes_config_is_one(root: Path, in_tmp: Path) -> None:
     (text,) = re.findall(r"```yaml\n(tasks:\n  - \{name: breed.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (root / "pets.csv").write_text((root / "pets.csv").read_text().replace("colour", "breed", 1))
+    lines = (root / "pets.csv").read_text().replace("colour", "breed", 1).splitlines()
+    lines = [
+        f"{lines[0]},shy,loud,trained",
+        *(f"{line},{i % 2},{int(i % 3 > 0)},{int(i % 5 > 1)}" for i, line in enumerate(lines[1:])),
+    ]
+    (root / "pets.csv").write_text("\n".join(lines) + "\n")
     Path("pets.yaml").write_text(text)
     result = mtl.train(mtl.load_config("pets.yaml", [f"data.root={root}", "epochs=1", "device=cpu", "data.workers=0"]), "run")
-    assert set(result.test) == {"breed", "weight", "score"}
+    assert set(result.test) == {"breed", "weight", "traits", "score"}
 
 
 def test_the_example_for_own_tables_is_one(root: Path, in_tmp: Path) -> None:
@@ -85,16 +90,16 @@ def test_the_example_for_own_tables_is_one(root: Path, in_tmp: Path) -> None:
         rows = list(csv.DictReader(stream))
     with open(root / "pets.csv", "w", newline="") as stream:
         table = csv.writer(stream)
-        table.writerow(["path", "breed", "weight", "size", "owner"])
-        for row in rows:
+        table.writerow(["path", "breed", "weight", "size", "shy", "loud", "owner"])
+        for i, row in enumerate(rows):
             size = ("small", "medium", "large")[min(2, int(float(row["weight"]) / 3))]
-            table.writerow([row["path"], row["colour"], row["weight"], size, row["owner"]])
+            table.writerow([row["path"], row["colour"], row["weight"], size, i % 2, int(i % 3 == 0), row["owner"]])
     config = mtl.load_config(
         ROOT / "examples" / "configs" / "my_csv.yaml",
         [f"data.root={root}", "epochs=1", "device=cpu", "data.workers=0", "data.datasets.csv_images.size=[16,16]"],
     )
     result = mtl.train(config, "run")
-    assert set(result.test) == {"breed", "size", "weight", "score"}
+    assert set(result.test) == {"breed", "size", "weight", "traits", "score"}
 
 
 def test_groups_are_never_parted(root: Path) -> None:
@@ -169,11 +174,25 @@ def test_the_order_of_classes_may_be_given(root: Path) -> None:
         ({"images": "file"}, "unknown column 'file'"),
         ({"numbers": ["wieght"]}, "unknown column 'wieght'.*did you mean 'weight'"),
         ({"split": "owner"}, "no rows that can be used; set aside: 60 rows without a usable owner"),
+        ({"flags": {"traits": ["wieght"]}}, "unknown column 'wieght'.*did you mean 'weight'"),
         ({"folder": "nowhere"}, "cannot be used .*is not there"),
     ],
 )
 def test_mistakes_in_the_options(options: dict[str, Any], message: str, root: Path) -> None:
     with pytest.raises(mtl.DataError, match=message):
+        load(config(root, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"numbers": ["colour"]}, "colour: given more than once in classes, numbers and flags"),
+        ({"flags": {"weight": ["owner"]}}, "weight: given more than once"),
+        ({"flags": {"traits": []}}, "flags of traits: no column"),
+    ],
+)
+def test_every_target_is_one_thing(options: dict[str, Any], message: str, root: Path) -> None:
+    with pytest.raises(mtl.ConfigError, match=message):
         load(config(root, **options))
 
 
@@ -239,3 +258,32 @@ def test_too_many_unusable_values_of_a_column_are_refused(root: Path) -> None:
     with pytest.raises(mtl.DataError, match=message):
         load(config(root, ("weight",)))
     assert load(config(root, ("weight",), bad=0.2))[Split.TRAIN].set_aside.total == 10
+
+
+def flagged(root: Path) -> None:
+    """Two columns of flags in the table: `dark` by weight, `odd` in words; one of each is empty, one `odd` is none."""
+    lines = (root / "pets.csv").read_text().splitlines()
+    dark = [str(int(float(line.split(",")[2]) < 5)) for line in lines[1:]]
+    odd = ["TRUE" if i % 2 else "False" for i in range(60)]
+    dark[0], odd[1], odd[2] = "", "", "perhaps"
+    rows = (",".join(row) for row in zip(lines[1:], dark, odd, strict=True))
+    (root / "pets.csv").write_text("\n".join([f"{lines[0]},dark,odd", *rows]) + "\n")
+
+
+def test_columns_of_flags_are_one_task_of_several_labels(root: Path, in_tmp: Path) -> None:
+    flagged(root)
+    result = mtl.train(config(root, ("traits",), flags={"traits": ["dark", "odd"]}, bad=0.1, split=None), "run")
+    assert set(result.test["traits"]) == {"n", "loss", "average_precision", "accuracy", "f1_macro"}
+    assert mtl.load_model("run").model.tasks[0].head.classes == ("dark", "odd")
+    with open("run/set_aside.csv", newline="") as stream:
+        assert [row["why"] for row in csv.DictReader(stream)] == ["odd 'perhaps' is none of the classes 0, 1"]
+
+
+def test_flags_are_missing_one_by_one(root: Path) -> None:
+    flagged(root)
+    parts = load(config(root, ("traits",), flags={"traits": ["dark", "odd"]}, bad=0.1))
+    masks = [part.valid["traits"] for part in parts.values()]
+    missing = sum(((~mask).sum(0) for mask in masks if mask is not None), torch.zeros(2))
+    assert missing.tolist() == [1, 2]
+    with pytest.raises(mtl.DataError, match=r"1 of 59 values of odd in '.*pets.csv' cannot be used .*, more than bad=0.001"):
+        load(config(root, ("traits",), flags={"traits": ["dark", "odd"]}, bad=0.001))

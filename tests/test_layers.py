@@ -36,6 +36,7 @@ RANK = {
     "progress": 0,
     "seeding": 0,
     "stacking": 0,
+    "scores": 0,
     "stats": 0,
     "subsets": 1,
     "sampling": 2,

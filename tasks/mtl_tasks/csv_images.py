@@ -3,9 +3,12 @@
     tasks:
       - {name: breed, task: column_class}
       - {name: weight, task: column_number, unit: kg}
+      - {name: traits, task: column_flags}
     data:
       datasets:
-        csv_images: {file: pets.csv, images: path, size: [64, 64], classes: {breed: null}, numbers: [weight], group: owner}
+        csv_images:
+          {file: pets.csv, images: path, size: [64, 64], classes: {breed: null}, numbers: [weight],
+           flags: {traits: [shy, loud, trained]}, group: owner}
 
 A row whose file is missing, or leads out of its folder, is set aside, and a value that is none of its kind is a missing label;
 both are counted and listed with file and line.
@@ -17,16 +20,18 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import mtl
 
 SPLITS = {"train": 0, "val": 1, "test": 2, "valid": 1, "validation": 1}
 """What a split column may say."""
+FLAGS = {"false": "0", "False": "0", "FALSE": "0", "true": "1", "True": "1", "TRUE": "1"}
+"""What a column of flags may say in place of 0 and 1."""
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -47,6 +52,8 @@ class CsvImagesOptions(mtl.Options):
     """Columns that hold one of several names: {column: names in their order}, null for those found, sorted."""
     numbers: tuple[str, ...] = ()
     """Columns that hold numbers."""
+    flags: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Columns that hold 1 or 0 (or true or false), together as one multi-label target: {target: columns}."""
     split: str | None = None
     """Column that says train, val or test; null: as `test` says."""
     test: float = Field(0.2, gt=0, lt=1)
@@ -61,6 +68,15 @@ class CsvImagesOptions(mtl.Options):
     bad: float = Field(0.01, ge=0, le=1)
     """Share of the rows, and of the values of each column, that may be unusable; more is an error."""
 
+    @model_validator(mode="after")
+    def _each_target_once(self) -> Self:
+        targets = [*self.classes, *self.numbers, *self.flags]
+        if twice := sorted({name for name in targets if targets.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)}: given more than once in classes, numbers and flags; each name is one target")
+        if empty := sorted(name for name, columns in self.flags.items() if not columns):
+            raise ValueError(f"flags of {', '.join(empty)}: no column; give {{{empty[0]}: [a, b]}}")
+        return self
+
 
 @dataclass(frozen=True)
 class Table:
@@ -71,6 +87,7 @@ class Table:
     split: NDArray[np.int8]
     classes: dict[str, mtl.ClassColumn]
     numbers: dict[str, mtl.NumberColumn]
+    flags: dict[str, dict[str, mtl.ClassColumn]]
     groups: NDArray[np.int32] | None
     kept: NDArray[np.bool_]
     set_aside: mtl.SetAside
@@ -80,7 +97,8 @@ class Table:
 def csv_images(split: mtl.Split, root: Path, options: CsvImagesOptions) -> mtl.ImageFiles | None:
     """The rows of one split; None where a table has none for validation or testing.
 
-    Targets: each column of `classes` (its names are the dataset's) and of `numbers`, missing where a row has no usable value.
+    Targets: each column of `classes` (its names are the dataset's) and of `numbers`, and each name of `flags` (its columns are
+    the dataset's classes), missing where a row has no usable value; of flags, label by label.
     """
     file = root / options.file
     table = _read(root, options.model_dump_json(), file.stat().st_mtime_ns if file.exists() else 0)
@@ -96,11 +114,14 @@ def csv_images(split: mtl.Split, root: Path, options: CsvImagesOptions) -> mtl.I
     for name, numbers in table.numbers.items():
         values = numbers.values[rows]
         labels[name], valid[name] = np.nan_to_num(values).astype(np.float32), np.isfinite(values)
+    for name, flags in table.flags.items():
+        both = np.stack([column.codes[rows] for column in flags.values()], axis=1)
+        labels[name], valid[name] = np.maximum(both, 0), both >= 0
     return mtl.ImageFiles(
         (table.names[row] for row in rows.tolist()),
         labels,
         {name: mask for name, mask in valid.items() if not mask.all()},
-        {name: column.names for name, column in table.classes.items()},
+        {name: column.names for name, column in table.classes.items()} | {name: tuple(of) for name, of in table.flags.items()},
         None if table.groups is None else table.groups[rows],
         size=options.size,
         channels=options.channels,
@@ -130,9 +151,13 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     images = mtl.TextColumn()
     classes = {name: mtl.ClassColumn(names) for name, names in options.classes.items()}
     numbers = {name: mtl.NumberColumn() for name in options.numbers}
+    flags = {
+        target: {name: mtl.ClassColumn(("0", "1"), also=FLAGS) for name in names} for target, names in options.flags.items()
+    }
     split = mtl.ClassColumn(tuple(SPLITS), required=True)
     group = mtl.ClassColumn(required=True)
     columns: list[tuple[str, mtl.Column]] = [(options.images, images), *classes.items(), *numbers.items()]
+    columns += [(name, column) for of_target in flags.values() for name, column in of_target.items()]
     columns += [(options.split, split)] if options.split is not None else []
     columns += [(options.group, group)] if options.group is not None else []
     lines = mtl.read_table(file, columns, set_aside, delimiter=options.delimiter, encoding=options.encoding)
@@ -148,6 +173,7 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     set_aside.refuse_above(options.bad, int(kept.sum()), f"rows of {str(file)!r}", ("rows", "files"))
     usable = {name: int((column.codes >= 0).sum()) for name, column in classes.items()}
     usable |= {name: int(np.isfinite(column.values).sum()) for name, column in numbers.items()}
+    usable |= {name: int((column.codes >= 0).sum()) for of_target in flags.values() for name, column in of_target.items()}
     set_aside.refuse_values_above(options.bad, file, usable)
     for column in classes.values():
         column.forget(~kept)
@@ -158,7 +184,7 @@ def _read(root: Path, options_json: str, _: int) -> Table:
         where = 2 * mtl.hashed_split((name.encode() for name in group.names), options.test)[groups].astype(np.int8)
     else:
         where = 2 * mtl.hashed_split(names, options.test).astype(np.int8)
-    return Table(folder, names, where, classes, numbers, groups, kept, set_aside)
+    return Table(folder, names, where, classes, numbers, flags, groups, kept, set_aside)
 
 
 class ColumnOptions(mtl.Options):
@@ -185,6 +211,20 @@ def column_class(options: ColumnClassOptions) -> mtl.Task:
 def column_ordered(options: ColumnOptions) -> mtl.Task:
     """Which of the names in a column of `classes`, which are in an order: give it, {column: [low, middle, high]}."""
     return mtl.Task(options.dataset, options.target, mtl.FromClasses(mtl.Ordinal))
+
+
+class ColumnFlagsOptions(ColumnOptions):
+    """A multi-label task of several columns."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """A label counts as present from this probability on."""
+
+
+@mtl.register_task("column_flags", options=ColumnFlagsOptions)
+def column_flags(options: ColumnFlagsOptions) -> mtl.Task:
+    """Which of the columns of a name in `flags` hold a 1: any number of them at once."""
+    head = mtl.FromClasses(mtl.MultiLabel, threshold=options.threshold)
+    return mtl.Task(options.dataset, options.target, head)
 
 
 class ColumnNumberOptions(ColumnOptions):
