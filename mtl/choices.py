@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 
 from mtl.errors import MTLError, unknown
 from mtl.options import Options
@@ -161,6 +161,22 @@ def dump_datasets(datasets: Mapping[str, Choice]) -> dict[str, Any]:
     return {name: {**({"dataset": one.of} if one.of else {}), **one.dump_options()} for name, one in datasets.items()}
 
 
+def options_of(plugin: Plugin) -> dict[str, dict[str, Any]]:
+    """What a plugin takes: option -> `about`, and its `default` or `required`, as in a config; parts of one with a dot."""
+    return {} if plugin.options is None else _options_of(plugin.options)
+
+
+def _options_of(model: type[BaseModel], within: str = "") -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, field in model.model_fields.items():
+        default = {"required": True} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
+        found[within + name] = {"about": " ".join((field.description or "").split()), **to_jsonable_python(default)}
+        for part in get_args(field.annotation) or (field.annotation,):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= _options_of(part, f"{within}{name}.")
+    return found
+
+
 def with_choices(schema: dict[str, Any]) -> dict[str, Any]:
     """`schema` of a config, with everything that is registered and loads in place of the placeholders."""
     schema = _referring(schema)
@@ -181,7 +197,21 @@ def with_choices(schema: dict[str, Any]) -> dict[str, Any]:
             definitions[registry.word]["anyOf"] += named
     sharing = {name: model for name in kinds() if (model := _loadable_sharing(name)) is not None}
     definitions["sharing"] = _alternatives("kind", sharing, {}, definitions)
+    definitions["datasets"] = _by_name(definitions)
     return schema
+
+
+def _by_name(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Datasets: each with its own options, or with those of the one that its key `dataset` names."""
+    models = {name: plugin.options for name in DATASETS.names() if (plugin := _loadable(DATASETS, name))}
+    definitions["dataset"] = {"anyOf": _alternatives("dataset", models, {}, definitions)["anyOf"][1:]}
+    named = {"$ref": "#/$defs/dataset"}
+    own = {name: _mapping(model, definitions) for name, model in models.items()}
+    return {
+        "type": "object",
+        "properties": {name: {"anyOf": [keys, {"type": "null"}, named]} for name, keys in own.items()},
+        "additionalProperties": named,
+    }
 
 
 def _referring(schema: Any) -> Any:
@@ -214,12 +244,17 @@ def _alternatives(
     """A bare name, or a mapping per plugin; what their schemas define is hoisted into `definitions`."""
     mappings: list[dict[str, Any]] = []
     for name, model in models.items():
-        keys: dict[str, Any] = {"type": "object", "properties": {}}
-        if model is not None:
-            keys = model.model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(keys.pop("$defs", {}))
+        keys = _mapping(model, definitions)
         keys["properties"] = {**keys["properties"], key: {"const": name}, **extra}
         keys["required"] = [key, *(k for k in keys.get("required", []) if k != key)]
-        keys["additionalProperties"] = False
         mappings.append(keys)
     return {"anyOf": [{"enum": sorted(models)}, *mappings]}
+
+
+def _mapping(model: type[BaseModel] | None, definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a plugin's options; what it defines is hoisted into `definitions`."""
+    keys: dict[str, Any] = {"type": "object", "properties": {}}
+    if model is not None:
+        keys = model.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(keys.pop("$defs", {}))
+    return {**keys, "additionalProperties": False}

@@ -1,5 +1,5 @@
-"""The command line: `mtl train`, `compare`, `evaluate`, `predict`, `check-plugin`, `tasks`, `backbones`,
-`config schema`.
+"""The command line: `mtl train`, `compare`, `inspect`, `pack`, `evaluate`, `predict`, `check-plugin`, `tasks`, `datasets`,
+`backbones`, `config schema`.
 
 A user error ends with exit status 2 and one message, never a traceback. With `--json` standard output holds exactly one JSON
 object and everything else goes to standard error. Heavy imports happen inside the commands, so that `mtl --help` is quick.
@@ -11,13 +11,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from mtl.errors import MTLError
-from mtl.printing import brief, list_names, print_comparison, print_csv, print_figures, print_result, show
+from mtl.printing import brief, list_names, print_comparison, print_csv, print_dataset, print_figures, print_result, show
 
 N = TypeVar("N", int, float)
 
@@ -287,9 +288,38 @@ def tasks(
 
     with json_only(as_json):
         task = make_task(name)
+    from mtl.choices import options_of
+
     metrics = {m.name: {"better": m.better, "score": m.score} for m in task.all_metrics}
     about = {"name": name, "dataset": task.dataset, "target": task.target, "weight": task.weight, **task.head.describe()}
-    show({**about, "metrics": metrics, "origin": TASKS.origins()[name]}, as_json)
+    options = options_of(TASKS.get(name))
+    show({**about, "metrics": metrics, "options": options, "origin": TASKS.origins()[name]}, as_json)
+
+
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A dataset, to load it and show its options.")] = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """List registered datasets (imports none of them), or show what one is and which options it takes."""
+    with json_only(as_json):
+        load_plugins(plugin)
+    from mtl.registry import DATASETS
+
+    if name is None:
+        list_names(DATASETS.origins(), "datasets", as_json)
+        return
+    from mtl.choices import options_of
+
+    with json_only(as_json):
+        found = DATASETS.get(name)
+    about: dict[str, Any] = {"name": name, "origin": DATASETS.origins()[name], "about": getdoc(found.factory) or ""}
+    about |= {"splits": list(found.details["splits"]), "options": options_of(found)}
+    if as_json:
+        show(about, as_json)
+    else:
+        print_dataset(about)
 
 
 @app.command()

@@ -35,6 +35,8 @@ from mtl.registry import BACKBONES, BALANCERS, TASKS
 from mtl.sampling import Mixing
 from mtl.sharing import Sharing, Unshared
 
+DATASET_SCHEMA = WithJsonSchema({CHOICE: "datasets"})
+
 
 class DataConfig(Options):
     """Where data are, and what is done to them."""
@@ -69,7 +71,7 @@ class DataConfig(Options):
     labelled: dict[str, Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     """Task -> how many of its training labels are used (a count, or a share as a number with a point); the others are taken for
     missing. A sample on which no task of the run has a label is left out."""
-    datasets: Annotated[dict[str, Any], PlainSerializer(dump_datasets)] = Field(default_factory=dict)
+    datasets: Annotated[dict[str, Any], PlainSerializer(dump_datasets), DATASET_SCHEMA] = Field(default_factory=dict)
     """Options of datasets, by dataset name; with `dataset: NAME` those of the registered one under a name of your own, or in
     the place of another, as packed images stand in for files."""
 

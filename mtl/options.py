@@ -9,6 +9,13 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mtl.errors import unknown
 
+WORDS = {
+    "tuple_type": "must be a list, as in [a, b]",
+    "list_type": "must be a list, as in [a, b]",
+    "dict_type": "must be a mapping, as in {key: value}",
+}
+"""For what pydantic says in Python's words."""
+
 
 class Options(BaseModel):
     """Keys of a plugin or of a section of the config. An unknown key is an error, never ignored.
@@ -38,6 +45,7 @@ class Options(BaseModel):
         where = line["loc"]
         if line["type"] == "extra_forbidden" and len(where) == 1:
             message = unknown("key", str(where[0]), cls.model_fields)
+        message = WORDS.get(line["type"], message)
         if line["type"] == "missing" and len(where) == 1:
             about = (cls.model_fields[str(where[0])].description or "").strip().splitlines()
             message = f"required: {about[0]}" if about else "required"

@@ -27,6 +27,17 @@ def list_names(origins: dict[str, str], what: str, as_json: bool) -> None:
         print(f"{name:{width}}  {origin}")
 
 
+def print_dataset(about: dict[str, Any]) -> None:
+    """What a dataset is, and its options, each with what it is where nothing is given."""
+    import textwrap
+
+    print(f"{about['name']} ({about['origin']}): {about['about']}\n\nsplits: {', '.join(about['splits'])}")
+    print(f"options, under data.datasets.{about['name']}:" if about["options"] else "takes no options")
+    for name, option in about["options"].items():
+        print(f"  {name}, required" if "required" in option else f"  {name}: {json.dumps(option['default'])}")
+        print(textwrap.fill(option["about"], 100, initial_indent="      ", subsequent_indent="      "))
+
+
 def print_csv(rows: list[dict[str, Any]]) -> None:
     """Rows with a header; a key that a row lacks is left empty."""
     import csv

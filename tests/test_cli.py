@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import mtl
 from mtl import cli
+from mtl.registry import DATASETS
 
 EPOCHS = 8
 
@@ -544,6 +545,20 @@ def test_backbone_that_does_not_exist_or_fit() -> None:
     check_refused(command("backbones", "smallcnn"), "unknown backbone 'smallcnn'", "did you mean 'small_cnn'")
     check_refused(command("backbones", "small_cnn", "--input-shape", "128"), "small_cnn", "(128,)", "mlp")
     assert command("backbones", "mlp", "--input-shape", "128", "--json").json["features"] == [32]
+
+
+def test_a_dataset_says_which_options_it_takes() -> None:
+    assert [one["name"] for one in command("datasets", "--json").json["datasets"]] == DATASETS.names()
+    about = command("datasets", "vggface2", "--json").json
+    assert about["splits"] == ["train", "test"]
+    assert about["options"]["size"]["default"] == [64, 64]
+    assert about["options"]["images.file"]["required"] is True
+    shown = command("datasets", "csv_images").out
+    assert "file, required\n      The table, under the data root: CSV with a header." in shown
+    assert command("datasets", "packed").out.startswith("packed (crosstitch")
+    assert "takes no options" in command("datasets", "multi_fashion").out
+    check_refused(command("datasets", "vggface"), "unknown dataset 'vggface'", "did you mean 'vggface2'")
+    assert command("tasks", "column_number", "--json").json["options"]["unit"]["about"] == 'Of the numbers, as in "kg".'
 
 
 def test_config_schema_is_one_json_object() -> None:

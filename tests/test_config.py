@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 import mtl
 from mtl.choices import Choice
 from mtl.config import from_tree, json_schema, load, override
-from mtl.registry import BACKBONES, BALANCERS, TASKS
+from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS
 from mtl.sharing import STRUCTURAL, kinds
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "configs").glob("*.yaml"))
@@ -405,7 +405,7 @@ def changed() -> mtl.RunConfig:
         "tasks=[{name: tiny_a, weight: 0.3}, tiny_b]",
         "balancer=uncertainty",
         "data={root: /somewhere, validation: 0.1, split_seed: 3, standardize: pixel, augment: {crop: 2, flip: true}, "
-        "datasets: {tiny: {train: 24, labelled: 0.5}}}",
+        "datasets: {tiny: {train: 24, labelled: 0.5}, mine: {dataset: tiny, train: 24}, shapes: }}",
         "optim={name: adamw, lr: 1e-4, weight_decay: 0.05, schedule: one_cycle, warmup_epochs: 0.5, clip_norm: 1}",
         "optim.accumulate=2",
         "max_steps=9",
@@ -539,7 +539,8 @@ def fits(value: Any, rule: Any, root: dict[str, Any]) -> bool:
         known = rule.get("properties", {})
         checks += [key in value for key in rule.get("required", [])]
         checks += [fits(value[key], known[key], root) for key in value if key in known]
-        checks += [rule.get("additionalProperties", True) is not False for key in value if key not in known]
+        others = rule.get("additionalProperties", True)
+        checks += [fits(value[key], others, root) if isinstance(others, dict) else others for key in value if key not in known]
     if isinstance(value, list) and "items" in rule:
         checks += [fits(item, rule["items"], root) for item in value]
     return all(checks)
@@ -578,6 +579,7 @@ def test_schema_offers_what_is_registered(schema: dict[str, Any]) -> None:
     kinds_there, *sharings = schema["$defs"]["sharing"]["anyOf"]
     assert sorted(kinds_there["enum"]) == sorted(kinds())
     assert sorted(rule["properties"]["kind"]["const"] for rule in sharings) == sorted(kinds())
+    assert list(schema["$defs"]["datasets"]["properties"]) == DATASETS.names()
 
 
 @pytest.mark.parametrize("kind", SHARINGS)
@@ -601,6 +603,10 @@ def test_schema_accepts_what_loads(schema: dict[str, Any], kind: str) -> None:
         {"sharing": {"kind": "split"}},
         {"optim": {"lr": -1}},
         {"data": {"augment": {"flop": True}}},
+        {"data": {"datasets": {"tiny": {"trian": 24}}}},
+        {"data": {"datasets": {"mine": {"train": 24}}}},
+        {"data": {"datasets": {"mine": {"dataset": "tyni"}}}},
+        {"data": {"datasets": {"csv_images": {"file": "a.csv"}}}},
     ],
 )
 def test_schema_refuses_what_does_not_load(schema: dict[str, Any], sections: dict[str, Any]) -> None:
@@ -631,6 +637,8 @@ def test_plugin_options_reach_the_schema(schema: dict[str, Any]) -> None:
     ("text", "message"),
     [
         ("epochs=true", "epochs: Input should be a valid integer"),
+        ("data.class_balanced=5", r"data.class_balanced: must be a list, as in \[a, b\]; found 5"),
+        ("data.labelled=5", "data.labelled: must be a mapping, as in {key: value}; found 5"),
         ("data.validation=yes", "data.validation"),
         ("seed=2024-13-45", "is not YAML"),
         ("seed=0x_", "is not YAML"),
