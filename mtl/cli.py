@@ -235,7 +235,8 @@ def evaluate(
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Image files, folders of them, or arrays (.npy, .npz).")
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Image files, folders of them, or .npy, .npz, .safetensors files."),
     ],
     weights: Annotated[str, typer.Option(help="best or last")] = "best",
     device: Annotated[str, typer.Option(help="As torch names it, or auto.")] = "auto",

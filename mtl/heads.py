@@ -164,7 +164,10 @@ class FromClasses(Head):
         raise self._unnamed()
 
     def _unnamed(self) -> DataError:
-        return DataError("this task takes its classes from the dataset, which names none: give ArrayDataset(..., classes=...)")
+        return DataError(
+            "this task takes its classes from the dataset, which names none for its target: labels of kind float are numbers, "
+            "not classes; name them in the dataset's options (classes: {target: [a, b]}), or in ArrayDataset(..., classes=...)"
+        )
 
 
 class FeatureHead(nn.Sequential):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                 if task.dataset == name
             }
             for task, about in of_task.items():
+                warnings += _alike(task, about["classes"].get("train", ()))
                 warnings += [
                     f"task {task}: no {split} sample of {', '.join(absent)}"
                     for split, absent in about["absent"].items()
@@ -70,6 +71,17 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                 "set_aside": aside.counts().get(name, {}),
             }
     return {**found, "warnings": warnings}
+
+
+def _alike(task: str, classes: Sequence[str]) -> list[str]:
+    """Classes whose names differ by less than a name should."""
+    plain: dict[str, str] = {}
+    found = []
+    for name in classes:
+        other = plain.setdefault(" ".join(name.casefold().split()), name)
+        if other != name:
+            found.append(f"task {task}: classes {other!r} and {name!r} differ in case or spaces only; are they one?")
+    return found
 
 
 def _counts(part: Samples) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -46,6 +48,10 @@ class Options(BaseModel):
         if line["type"] == "extra_forbidden" and len(where) == 1:
             message = unknown("key", str(where[0]), cls.model_fields)
         message = WORDS.get(line["type"], message)
+        if line["type"] == "literal_error" and "expected" in line.get("ctx", {}):
+            known = re.findall("'([^']*)'", line["ctx"]["expected"])
+            if near := difflib.get_close_matches(str(line["input"]), known, n=1):
+                message += f" (did you mean {near[0]!r}?)"
         if line["type"] == "missing" and len(where) == 1:
             about = (cls.model_fields[str(where[0])].description or "").strip().splitlines()
             message = f"required: {about[0]}" if about else "required"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtl.auto import autocast_for, usable
@@ -38,7 +39,22 @@ from mtl.task import Task, make_task
 
 BUNDLED: dict[str, type[DataclassHead]] = {kind.__name__: kind for kind in (Classification, MultiLabel, Ordinal, Regression)}
 """Heads that a description alone brings back."""
-ARRAYS = (".npy", ".npz")
+ARRAYS = (".npy", ".npz", ".safetensors")
+NAMES = ("images", "features")
+"""Of the array that is meant where a file holds several."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    TypeError,
+    KeyError,
+    BadZipFile,
+    zlib.error,
+    SafetensorError,
+)
+"""What a damaged file of arrays makes its reader raise."""
 
 
 Source = str | Path | np.ndarray[Any, Any] | Tensor
@@ -165,8 +181,9 @@ def predict(
 
     Args:
         run_dir: of the run.
-        inputs: image files (JPEG, PNG), folders of them (searched whole), .npy or .npz files, or arrays (N, *shape), one or
-            several. Images of files are resized to the run's input; arrays must have its shape and dtype.
+        inputs: image files (JPEG, PNG), folders of them (searched whole), .npy, .npz or .safetensors files, or arrays
+            (N, *shape), one or several. Of a file with several arrays, `images` or `features` is taken, or the only one whose
+            samples have the run's shape. Images of files are resized to the run's input; arrays must have its shape and dtype.
         weights: "best" or "last".
         device: as torch names it, or "auto".
         batch_size: images at a time.
@@ -218,7 +235,7 @@ def _sources(given: Any, run: Restored) -> Iterator[_Source]:
     elif not path.exists():
         raise DataError(f"no such file or folder: {str(path)!r}")
     elif path.suffix.lower() in ARRAYS:
-        yield _Source(str(path), _as_samples(_array(path), str(path), run))
+        yield _Source(str(path), _as_samples(_array(path, run.shape), str(path), run))
     else:
         _need_images(run)
         yield _Source(str(path))
@@ -232,21 +249,40 @@ def _need_images(run: Restored) -> None:
         )
 
 
-def _array(path: Path) -> np.ndarray[Any, Any]:
+def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | Tensor:
+    """The samples in a file.
+
+    Raises:
+        DataError: it cannot be read, or which of its arrays is meant cannot be told.
+    """
     try:
         if path.suffix.lower() == ".npy":
             mapped: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, mmap_mode="r")
             return mapped
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, framework="pt") as stored:
+                name = _meant(path, list(stored.keys()), lambda name: stored.get_slice(name).get_shape(), shape)
+                tensor: Tensor = stored.get_tensor(name)
+                return tensor
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-            names = found.files
-            if not names:
-                raise DataError(f"{str(path)!r} holds no array")
-            if "images" not in names and len(names) != 1:
-                raise DataError(f"{str(path)!r} holds several arrays and none called 'images': {', '.join(names)}")
-            array: np.ndarray[Any, Any] = found["images" if "images" in names else names[0]]
+            array: np.ndarray[Any, Any] = found[_meant(path, found.files, lambda name: found[name].shape, shape)]
             return array
-    except (OSError, ValueError, EOFError, OverflowError, MemoryError, TypeError, KeyError, BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise DataError(f"{str(path)!r} is no readable array: {error}") from error
+
+
+def _meant(path: Path, names: Sequence[str], shape_of: Callable[[str], Sequence[int]], shape: tuple[int, ...]) -> str:
+    """Which of a file's arrays holds the samples."""
+    if not names:
+        raise DataError(f"{str(path)!r} holds no array")
+    known = [name for name in NAMES if name in names]
+    found = known or (names if len(names) == 1 else [name for name in names if tuple(shape_of(name))[1:] == shape])
+    if len(found) != 1:
+        raise DataError(
+            f"{str(path)!r} holds {len(names)} arrays, {', '.join(sorted(names)[:8])}, and which has the samples cannot "
+            f"be told: {len(found) or 'none'} of shape (N, {', '.join(map(str, shape))}); call it 'images' or 'features'"
+        )
+    return found[0]
 
 
 def _as_samples(given: Any, where: str, run: Restored) -> np.ndarray[Any, Any] | Tensor:

@@ -4,8 +4,10 @@ why it was set aside.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import json
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -273,9 +275,16 @@ def _opened(path: Path, encoding: str) -> TextIO:
     try:
         if not path.is_file() and path.exists():
             raise DataError(f"table {str(path)!r} is no regular file")
+        if encoding == "utf-8" and _begins_as_utf_16(path):
+            raise DataError(f"table {str(path)!r} is UTF-16: give encoding: utf-16")
         return open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors="surrogateescape")
     except (OSError, LookupError) as error:
         raise DataError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _begins_as_utf_16(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _place(path: Path, name: str, header: Sequence[str], delimiter: str) -> int:
@@ -285,7 +294,7 @@ def _place(path: Path, name: str, header: Sequence[str], delimiter: str) -> int:
     if places:
         raise DataError(f"{path}:1: the header has column {name!r} {len(places)} times; rename one")
     other = next((sign for sign in ";\t|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
-    hint = f"; the fields look parted by {other!r}: give delimiter" if other else ""
+    hint = f"; the fields look parted by {other!r}: give delimiter: {json.dumps(other)}" if other else ""
     raise DataError(f"{path}:1: {unknown('column', name, header)}{hint}")
 
 

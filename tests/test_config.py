@@ -638,6 +638,7 @@ def test_plugin_options_reach_the_schema(schema: dict[str, Any]) -> None:
     [
         ("epochs=true", "epochs: Input should be a valid integer"),
         ("data.class_balanced=5", r"data.class_balanced: must be a list, as in \[a, b\]; found 5"),
+        ("data.mixing=proportionl", r"data.mixing.policy: .* \(did you mean 'proportional'\?\); found 'proportionl'"),
         ("data.labelled=5", "data.labelled: must be a mapping, as in {key: value}; found 5"),
         ("data.validation=yes", "data.validation"),
         ("seed=2024-13-45", "is not YAML"),

@@ -91,6 +91,12 @@ def test_a_run_says_which_images_leak_and_an_absent_class_is_no_number(planted: 
     assert all(value == value for value in result.test["planted_kind"].values())  # no NaN
 
 
+def test_classes_that_are_spelt_in_two_ways_are_named(planted: dict[str, Any]) -> None:
+    mtl.register_task("planted_cars")(lambda: mtl.Task("planted", "kind", mtl.Classification(("red car", "Red  Car", "b"))))
+    said = inspect(config().replaced(tasks=["planted_cars"]), Silent())["warnings"]
+    assert "task planted_cars: classes 'red car' and 'Red  Car' differ in case or spaces only; are they one?" in said
+
+
 def test_files_are_read_and_the_command_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 6)):

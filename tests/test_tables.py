@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,14 @@ def test_a_path_keeps_its_bytes(tmp_path: Path) -> None:
         ("path,kind,age\n,cat,3\n", "no rows that can be used; set aside: 1 rows without a usable path"),
         ("path,kind,age,kind\na,b,1,c\n", r"t.csv:1: the header has column 'kind' 2 times"),
         ("path,kinds,age\na,b,1\n", r"t.csv:1: unknown column 'kind'.*did you mean 'kinds'"),
-        (GOOD.replace(",", ";"), r"the fields look parted by ';': give delimiter"),
+        (GOOD.replace(",", ";"), r"the fields look parted by ';': give delimiter: \";\""),
+        (GOOD.replace(",", "\t"), r'parted by .*: give delimiter: "\\t"'),
+        (GOOD.encode("utf-16"), r"'.*t.csv' is UTF-16: give encoding: utf-16"),
         ("x" * 200_000 + "\n", r"t.csv:1: the header cannot be read: a field has 200,000 characters"),
     ],
-    ids=["empty", "header only", "no good row", "duplicate", "unknown", "semicolons", "huge"],
+    ids=["empty", "header only", "no good row", "duplicate", "unknown", "semicolons", "tabs", "UTF-16", "huge"],
 )
-def test_a_table_that_cannot_be_read_says_where(text: str, message: str, tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_read_says_where(text: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(mtl.DataError, match=message):
         read(text, tmp_path)
 
@@ -154,6 +157,26 @@ def test_a_file_that_is_not_there_and_an_encoding_that_is_none(tmp_path: Path) -
         read_table(tmp_path / "none.csv", [], SetAside())
     with pytest.raises(mtl.DataError, match="unknown encoding: klingon"):
         read(GOOD, tmp_path, encoding="klingon")
+
+
+def test_utf_16_is_read_and_damage_in_it_is_told(tmp_path: Path) -> None:
+    whole = GOOD.encode("utf-16")
+    assert read(whole, tmp_path, encoding="utf-16")[0]["kind"] == read(GOOD, tmp_path)[0]["kind"]
+    with pytest.raises(mtl.DataError, match=r"t.csv"):
+        read(whole[:-1], tmp_path, encoding="utf-16")
+
+
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.csv")
+    with pytest.raises(mtl.DataError, match=r"t.csv' is no regular file"):
+        read_table(tmp_path / "t.csv", [], SetAside())
+
+
+def test_names_that_are_almost_numbers_are_sorted_as_names() -> None:
+    found = ClassColumn()
+    for name in ("10", "--5", "9", "5-", "1_0"):
+        found.append(found.parse(name))
+    assert found.names == ("--5", "10", "1_0", "5-", "9")
 
 
 def test_classes_are_sorted_numbers_by_value_or_in_the_order_given() -> None:

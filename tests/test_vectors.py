@@ -104,6 +104,23 @@ def test_what_is_appended_moves_nothing(tmp_path: Path) -> None:
     assert before < {tuple(row) for row in load(config(tmp_path))[Split.TEST].images.tolist()}
 
 
+def test_whole_numbers_of_any_type_are_classes_where_their_names_are_given(tmp_path: Path) -> None:
+    given = arrays()
+    code = given["code"].astype(np.float64)
+    code[0] = np.nan
+    np.savez(tmp_path / "v.npz", **{**given, "code": code})
+    with pytest.raises(mtl.DataError, match=r"names none for its target: .*classes: \{target: \[a, b\]\}"):
+        load(config(tmp_path))
+    parts = load(config(tmp_path, classes={"code": ["x", "y", "z"]}))
+    assert parts[Split.TRAIN].classes["code"] == ("x", "y", "z")
+    assert sum(known(part, "code").count(False) for part in parts.values()) == 12
+    np.savez(tmp_path / "v.npz", **{**given, "code": code + 0.5})
+    with pytest.raises(mtl.DataError, match="'code': classes are given, and not all of its numbers are whole"):
+        load(config(tmp_path, classes={"code": ["x", "y", "z"]}))
+    with pytest.raises(mtl.DataError, match="classes of cood, no target; there are code"):
+        load(config(tmp_path, classes={"cood": ["x"]}))
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("/tmp/mtl-was-here"),))

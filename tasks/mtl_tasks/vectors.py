@@ -41,7 +41,8 @@ class VectorsOptions(mtl.Options):
     """Arrays (N,) of labels: names or integers from 0 (-1: missing), or floats (NaN: missing). Null: all but the features,
     the split and the group."""
     classes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """What the integers 0, 1, ... of a target stand for; without it they are named by their number."""
+    """What the whole numbers 0, 1, ... of a target stand for, of whichever type; without it integers are named by their
+    number, and floats are no classes."""
     split: str | None = None
     """Array (N,) of 0, 1, 2 or train, val, test; null: as `test` says."""
     test: float = Field(0.1, gt=0, lt=1)
@@ -60,6 +61,8 @@ def vectors(split: mtl.Split, root: Path, options: VectorsOptions) -> mtl.ArrayD
         raise mtl.DataError(f"{options.file}: {options.features!r} must be (N, D); found shape {features.shape}")
     special = {options.features, options.split, options.group}
     targets = options.targets if options.targets is not None else tuple(sorted(set(arrays) - special))
+    if wrong := sorted(set(options.classes) - set(targets)):
+        raise mtl.DataError(f"{options.file}: classes of {', '.join(wrong)}, no target; there are {', '.join(targets)}")
     groups = None if options.group is None else _column(arrays, options.group, len(features), options.file)
     chosen = _split(arrays, len(features), groups, options) == SPLITS.index(split)
     if not chosen.any() and split != mtl.Split.TRAIN:
@@ -142,6 +145,11 @@ def _labels(
     what: str, column: NDArray[Any], names: tuple[str, ...] | None
 ) -> tuple[NDArray[Any], NDArray[np.bool_], tuple[str, ...] | None]:
     """Labels, which of them there are, and what they stand for if they are classes."""
+    if names and column.dtype.kind == "f":
+        known = np.isfinite(column)
+        if (known & (column != np.round(column))).any():
+            raise mtl.DataError(f"{what}: classes are given, and not all of its numbers are whole")
+        column = np.where(known, column, -1).astype(np.int64)
     if column.dtype.kind == "f":
         known = np.isfinite(column)
         return np.where(known, column, 0).astype(np.float32), known, None
