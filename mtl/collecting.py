@@ -130,7 +130,8 @@ def collect(
 
 def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig) -> dict[str, Any]:
     """Where and how the runs were trained: `environment` as it is now, `machines`, each kind of place that runs noted with how
-    many there were, and `at_once`, the largest number that trained at a time.
+    many there were, `at_once`, the largest number that trained at a time, and `set_aside`, what of each dataset a run could
+    not use: why, and the most of it in one run.
     """
     names = sorted({name for row in rows for name in (*row["runs"], *row["starts"])})
     noted = [json.loads((runs / name / "env.json").read_text(encoding="utf-8")) for name in names]
@@ -145,7 +146,12 @@ def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig
     ]
     machines = [{**kind, "runs": kinds.count(kind)} for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     at_once = max((one.get("at_once", 1) for one in noted), default=1)
-    return {"environment": environment(base), "machines": machines, "at_once": at_once}
+    set_aside: dict[str, dict[str, int]] = {}
+    for name in names:
+        for dataset, counts in (finished(runs / name) or {}).get("set_aside", {}).items():
+            most = set_aside.setdefault(dataset, {})
+            most |= {why: max(count, most.get(why, 0)) for why, count in counts.items()}
+    return {"environment": environment(base), "machines": machines, "at_once": at_once, "set_aside": set_aside}
 
 
 def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[str, Any]:

@@ -163,6 +163,9 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     if results["failed"]:
         each = "; ".join(f"{one['arm']}, seed {one['seed']}: {one['why']}" for one in results["failed"][:5])
         found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed: {each}.")
+    for dataset, counts in results.get("set_aside", {}).items():  # which results of an earlier version do not hold
+        each = "; ".join(f"{count:,} {why}" for why, count in counts.items())
+        found.append(f"Of dataset {dataset} were set aside, in every arm alike: {each}; a run's set_aside.csv lists them.")
     if results["config"]["data"]["validation"] == 0:
         found.append("Without validation data: the last epoch's weights are tested.")
     return found

@@ -287,3 +287,15 @@ def test_flags_are_missing_one_by_one(root: Path) -> None:
     assert missing.tolist() == [1, 2]
     with pytest.raises(mtl.DataError, match=r"1 of 59 values of odd in '.*pets.csv' cannot be used .*, more than bad=0.001"):
         load(config(root, ("traits",), flags={"traits": ["dark", "odd"]}, bad=0.001))
+
+
+def test_a_comparison_says_what_was_set_aside(root: Path, in_tmp: Path) -> None:
+    added(root, "o1/none.jpg,red,3,o1")
+    (root / "o2" / "2.jpg").write_bytes(b"no picture")
+    base = config(root, ("colour", "weight"), group="owner", bad=0.1)
+    found = mtl.compare(base, arms=["unshared", "hard_shared"], seeds=1, out="compared")
+    assert found.results["set_aside"] == {"csv_images": {"files: is not there": 1, "image files that cannot be read": 1}}
+    said = (
+        "Of dataset csv_images were set aside, in every arm alike: 1 files: is not there; 1 image files that cannot be read; "
+    )
+    assert said in Path("compared/report.md").read_text()
