@@ -19,7 +19,8 @@ import torch
 from mtl.build import run
 from mtl.config import RunConfig
 from mtl.hardware import device_name
-from mtl.trainer import Run, train_step
+from mtl.run import Run
+from mtl.trainer import train_step
 
 WARM_UP = 3
 

@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from mtl.registry import register_task as register_task
     from mtl.registry import register_unit as register_unit
     from mtl.regression import Regression as Regression
+    from mtl.resuming import resume as resume
+    from mtl.run import RunResult as RunResult
     from mtl.sharing import Exchange as Exchange
     from mtl.sharing import HardShared as HardShared
     from mtl.sharing import SplitAt as SplitAt
@@ -75,7 +77,6 @@ if TYPE_CHECKING:
     from mtl.tables import read_table as read_table
     from mtl.tables import table_columns as table_columns
     from mtl.task import Task as Task
-    from mtl.trainer import RunResult as RunResult
     from mtl.units import ExchangeUnit as ExchangeUnit
 
     load_config = _load
@@ -113,12 +114,13 @@ _HOME = {
         "register_unit",
     ),
     "regression": ("Regression",),
+    "resuming": ("resume",),
+    "run": ("RunResult",),
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
     "subsets": ("hashed_split",),
     "survey": ("dry_run",),
     "tables": ("match_names", "read_table", "table_columns"),
     "task": ("Task",),
-    "trainer": ("RunResult",),
     "units": ("ExchangeUnit",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,15 @@ class Balancer(nn.Module, ABC):
 
     def after_epoch(self) -> None:
         """Called at the end of every epoch of training, before validation."""
+
+    def memory(self) -> dict[str, Any]:
+        """What it has gathered that is not in its `state_dict`, so that a run can be cut and go on: tensors, numbers, text, and
+        lists, tuples and dictionaries of these. Default: nothing.
+        """
+        return {}
+
+    def recall(self, memory: dict[str, Any], device: torch.device) -> None:
+        """Take back what `memory` gave, its tensors on the CPU, to go on with on `device`."""
 
     def optimised(self) -> Iterable[nn.Parameter]:
         """Which of its parameters the run's optimizer steps: all, unless it steps some by itself."""

@@ -7,6 +7,7 @@ are files are decoded ahead of it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,18 +157,30 @@ class Feed:
             raise ConfigError([f"data.class_balanced: the labels of {wanted[0]!r} are no classes, one of several per sample"])
         return target if mask is None else torch.where(mask.cpu(), target, -1)
 
-    def epoch(self, epoch: int) -> Iterator[Step]:
-        """The steps of epoch `epoch` (from 1)."""
-        batches = {name: self._batches(name, epoch) for name in self.samples}
-        count = len(next(iter(self.bounds.values())))
-        for i in range(0, count, self.accumulate):
+    def epoch(self, epoch: int, done: int = 0) -> Iterator[Step]:
+        """The steps of epoch `epoch` (from 1) after the first `done`, of which nothing is read."""
+        first, count = done * self.accumulate, len(next(iter(self.bounds.values())))
+        batches = {name: self._batches(name, epoch, first) for name in self.samples}
+        for i in range(first, count, self.accumulate):
             yield [[next(of_dataset) for of_dataset in batches.values()] for _ in range(min(self.accumulate, count - i))]
 
-    def _batches(self, name: str, epoch: int) -> Iterator[Batch]:
-        """As many batches of dataset `name` as the driving dataset has: pass after pass, each in an order of its own."""
-        part, bounds = self.samples[name], self.bounds[name]
-        needed = bounds[-1][1]
-        order = torch.cat([self._order(name, epoch, i) for i in range(math.ceil(needed / len(part)))])[:needed]
+    def digest(self, epoch: int) -> str:
+        """Twelve digits of the order of an epoch's samples."""
+        digest = hashlib.sha256()
+        for name in self.samples:
+            digest.update(repr((name, self.bounds[name], self.accumulate)).encode())
+            digest.update(self._epoch_order(name, epoch).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def _epoch_order(self, name: str, epoch: int) -> Tensor:
+        """Of the samples of a dataset in an epoch: pass after pass, each in an order of its own."""
+        needed, count = self.bounds[name][-1][1], len(self.samples[name])
+        return torch.cat([self._order(name, epoch, i) for i in range(math.ceil(needed / count))])[:needed]
+
+    def _batches(self, name: str, epoch: int, first: int) -> Iterator[Batch]:
+        """As many batches of dataset `name` as the driving dataset has, from number `first` on."""
+        part, bounds = self.samples[name], self.bounds[name][first:]
+        order = self._epoch_order(name, epoch)
         device = part.images.device
         index, sample = order.to(device), (order + earlier(order) * len(part)).to(device)
         for (a, b), (images, unread) in zip(bounds, part.image_batches(bounds, order), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,28 +15,31 @@ from mtl.auto import autocast, choose_execution, compile_units, resolved
 from mtl.balancing import Balancer
 from mtl.batched import Batched
 from mtl.batches import Feed
-from mtl.checkpoint import load_weights, read_description
+from mtl.checkpoints import weights_file
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
 from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.duplicates import warnings_of
-from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
+from mtl.errors import ConfigError, DataError, PluginError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.files import Reading
 from mtl.hardware import memory_kept
+from mtl.locking import Lock
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.resizing import brought_to, common_shape
+from mtl.run import Run, RunResult
 from mtl.rundir import make_directory, refuse_to_overwrite
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
 from mtl.task import Task, make_task
 from mtl.tracking import Rows, TensorBoard
-from mtl.trainer import Run, RunResult, fit
+from mtl.trainer import fit
 from mtl.warm_start import source, start_from
+from mtl.weights import load_weights, read_description
 
 
 def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> RunResult:
@@ -59,26 +62,48 @@ def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress
     """Everything a run needs, built and checked; only then is its directory made."""
     if run_dir is not None:
         refuse_to_overwrite(Path(run_dir))
-    config = resolved(config)
+    return composed(resolved(config), progress, lambda config: make_directory(run_dir, config))
+
+
+def composed(
+    config: RunConfig,
+    progress: Progress | None,
+    place: Callable[[RunConfig], tuple[Path, Lock]],
+    begins_after: int | None = None,
+) -> Run:
+    """A run of a resolved config.
+
+    Args:
+        config: whose `auto`s about execution and compiling are still to be resolved.
+        progress: what to show meanwhile; None: nothing.
+        place: gives the run's directory, once everything else is there.
+        begins_after: how many steps are done; weights are then to be restored, and not begun with. None: it is a new run.
+    """
     with ExitStack() as on_failure:
         decoders = make_decoders(config)
         on_failure.callback(decoders.close)
-        made = composed(config, run_dir, progress, decoders)
+        made = _composed(config, progress, place, begins_after, decoders)
         on_failure.pop_all()
     return made
 
 
-def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress | None, decoders: Decoders) -> Run:
-    """What `run` gives, of a resolved config."""
+def _composed(
+    config: RunConfig,
+    progress: Progress | None,
+    place: Callable[[RunConfig], tuple[Path, Lock]],
+    begins_after: int | None,
+    decoders: Decoders,
+) -> Run:
     tasks = make_tasks(config)
     samples = load_data(config, tasks, decoders=decoders)
     tasks = fit_heads(tasks, samples[Split.TRAIN])
     config, samples, brought = in_one_shape(config, samples)
-    model = model_of(config, tasks, input_shape(samples[Split.TRAIN]))
+    model = model_of(config, tasks, input_shape(samples[Split.TRAIN]), pretrained=begins_after is None)
     for name, standardize in model.inputs.items():
         assert isinstance(standardize, Standardize)
         standardize.fit(samples[Split.TRAIN][name])
-    start_from(model, {task: source(task, given) for task, given in config.init_from.items()})
+    if begins_after is None:
+        start_from(model, {task: source(task, given) for task, given in config.init_from.items()})
     model.freeze(config.optim.freeze)
     feed = make_feed(config, samples[Split.TRAIN])
     balancer = make_balancer(config.balancer, tasks).to(config.device)
@@ -97,7 +122,7 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
     try_tasks(model, samples[Split.TRAIN], autocast(config))
     compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
-    directory = make_directory(run_dir, config)
+    directory, lock = place(config)
     return Run(
         config=config,
         directory=directory,
@@ -109,11 +134,12 @@ def composed(config: RunConfig, run_dir: str | Path | None, progress: Progress |
         schedule=make_schedule(config.optim, optimizer, total, feed.steps_per_epoch),
         l2=L2(optimizer, config.optim.l2),
         autocast=autocast(config),
-        tracker=TensorBoard(directory / "tb"),
+        tracker=TensorBoard(directory / "tb", None if begins_after is None else begins_after + 1),
         rows=Rows(directory / "metrics.jsonl"),
         exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),
         decoders=decoders,
+        lock=lock,
         notes=[*brought, *warnings_of(samples), *why_not, *notes],
         warm_up_seconds=seconds,
     )
@@ -245,11 +271,9 @@ def evaluate_run(
         MTLError: not a run, no such split, or data that changed their shape.
     """
     directory = Path(run_dir)
-    if not (directory / "config.yaml").is_file():
-        raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
-    for what, name, known in (("split", split, tuple(Split)), ("weights", weights, ("best", "last"))):
-        if name not in known:
-            raise ConfigError([unknown(what, name, known)])
+    weights_file(directory, weights)
+    if split not in tuple(Split):
+        raise ConfigError([unknown("split", split, tuple(Split))])
     config, tasks = reopened(directory, device, data, weights)
     with make_decoders(config) as decoders, memory_kept():
         samples = load_data(config, tasks, [Split(split)], decoders)[Split(split)]
@@ -288,11 +312,6 @@ def model_with_weights(
     if config.execution == "batched" and torch.device(config.device).type == "cuda":
         model.execution = Batched()
     return model
-
-
-def weights_file(directory: Path, weights: str) -> Path:
-    """Where a run's weights are."""
-    return directory / "checkpoints" / f"{weights}.safetensors"
 
 
 def restore_heads(tasks: Sequence[Task], description: Mapping[str, Any]) -> list[Task]:

@@ -1,5 +1,5 @@
 """The command line: `mtl train`, `compare`, `inspect`, `pack`, `evaluate`, `predict`, `check-plugin`, `tasks`, `datasets`,
-`backbones`, `config schema`.
+`backbones`, `config schema`, `checkpoint verify`.
 
 A user error ends with exit status 2 and one message, never a traceback. With `--json` standard output holds exactly one JSON
 object and everything else goes to standard error. Heavy imports happen inside the commands, so that `mtl --help` is quick.
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="About configs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+checkpoint_app = typer.Typer(help="About a run's checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Plugins = Annotated[
     list[Path] | None,
@@ -61,24 +63,38 @@ def options(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What to train; see examples/configs/.")],
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG.yaml", help="What to train; see examples/configs/. Not with --resume.")
+    ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run's files go; new or empty. Default: under runs/.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this directory, where it was cut.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build, take one step, print shapes and costs, leave no files.")
     ] = False,
     as_json: AsJson = False,
     plugin: Plugins = None,
 ) -> None:
-    """Train one run."""
+    """Train one run, or go on with one."""
     with json_only(as_json):
         load_plugins(plugin)
-        from mtl import build, survey
+        from mtl import build, resuming, survey
         from mtl.config import load
+        from mtl.errors import ConfigError
         from mtl.progress import for_terminal
 
-        loaded = load(config, overrides or [])
-        result = survey.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
+        if resume is not None:
+            if run_dir is not None or dry_run:
+                raise ConfigError(["--resume RUN goes on in RUN; it goes with neither --run-dir nor --dry-run"])
+            changes = [*([config] if config is not None else []), *(overrides or [])]
+            result = vars(resuming.resume(resume, changes, for_terminal()))
+        elif config is None:
+            raise ConfigError(["give a CONFIG.yaml to train, or --resume RUN"])
+        else:
+            loaded = load(config, overrides or [])
+            result = survey.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
     if dry_run and not as_json:
         names = result.pop("parameter_names")
         result["parameter_names"] = f"{len(names)}, such as {names[0]}; --json lists them"
@@ -285,16 +301,41 @@ def tasks(
     if name is None:
         list_names(TASKS.origins(), "tasks", as_json)
         return
+    from mtl.choices import options_of
     from mtl.task import make_task
 
     with json_only(as_json):
-        task = make_task(name)
-    from mtl.choices import options_of
-
+        found = TASKS.get(name)
+        options = options_of(found)
+        complete = not any("required" in option for option in options.values())
+        task = make_task(name) if complete else None
+    if task is None:
+        origin = TASKS.origins()[name]
+        show({"name": name, "about": getdoc(found.factory) or "", "options": options, "origin": origin}, as_json)
+        return
     metrics = {m.name: {"better": m.better, "score": m.score} for m in task.all_metrics}
     about = {"name": name, "dataset": task.dataset, "target": task.target, "weight": task.weight, **task.head.describe()}
-    options = options_of(TASKS.get(name))
     show({**about, "metrics": metrics, "options": options, "origin": TASKS.origins()[name]}, as_json)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare every byte of a run's checkpoints with what was written. Exit status 1 where one is damaged."""
+    from mtl.checkpoints import verify
+
+    found = verify(run)
+    if as_json:
+        show({"ok": not any(one["faults"] for one in found), "checkpoints": found}, as_json)
+    else:
+        for one in found:
+            print(f"{one['name']}: {one['about'] or 'damaged'}")
+            for fault in one["faults"]:
+                print(f"  {fault}")
+    if any(one["faults"] for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()

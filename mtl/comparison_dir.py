@@ -13,18 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mtl.auto import resolved
 from mtl.config import RunConfig, from_tree
 from mtl.errors import ConfigError, MTLError, RunError
+from mtl.locking import OWN, Lock
 from mtl.warm_start import located
 
 NOTE = "comparison.json"
 """In a comparison's directory: the config as it was asked for, and as all runs are made from."""
-
-
-LOCK = ".lock"
 
 
 def default_directory(config: RunConfig, stem: str = "") -> Path:
@@ -49,12 +45,9 @@ def locked(directory: Path) -> Iterator[None]:
     new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process compares in {str(directory)!r}; wait for it, or give another directory") from None
     except OSError as error:
         raise RunError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from None
+    lock = Lock(directory)
     try:
         yield
     except MTLError:
@@ -62,7 +55,7 @@ def locked(directory: Path) -> Iterator[None]:
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
-        lock.release()
+        lock.close()
 
 
 def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
@@ -75,7 +68,7 @@ def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
     """
     note, base, config = directory / NOTE, resolved(config), asked(config)
     if not note.is_file():
-        if others := sorted(one.name for one in directory.iterdir() if one.name != LOCK):
+        if others := sorted(one.name for one in directory.iterdir() if one.name not in OWN):
             raise RunError(
                 f"{str(directory)!r} holds {others[0]!r} and no {NOTE}, so it is not a comparison's; nothing was written; give "
                 "another directory"

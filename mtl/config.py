@@ -96,6 +96,20 @@ class DataConfig(Options):
         return chosen
 
 
+class CheckpointConfig(Options):
+    """When a run is saved. Nothing that it computes depends on it."""
+
+    every_seconds: float = Field(60.0, gt=0)
+    """Save in the middle of an epoch when this time has passed, and at the end of every epoch; in both cases not so often that
+    it takes more than 1 % of the time."""
+    every_steps: int | None = Field(None, ge=1)
+    """Save after every so many steps instead, whatever it takes; null: by time."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that stay, the newest ones; with two, one may be damaged."""
+    keep_every_epochs: int | None = Field(None, ge=1)
+    """Also keep for good those of every so many epochs; null: of none."""
+
+
 class InitFrom(Options):
     """What a task's tower starts from."""
 
@@ -151,6 +165,8 @@ class RunConfig(Options):
     """Samples of each dataset in a batch."""
     patience: int | None = Field(None, ge=1)
     """End when the validation score has not risen for this many epochs; null: never."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """When the run is saved, to go on from there with `mtl train --resume`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass. auto: bf16 autocast on hardware that computes in it, else fp32."""
     execution: Literal["auto", "batched", "towers"] = "auto"
@@ -217,11 +233,11 @@ class RunConfig(Options):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that two configs share when they describe the same run; paths, device and the number of
-        workers are left out.
+        """Twelve hexadecimal digits that two configs share when they describe the same run. Paths, device, the number of
+        workers and when it is saved are left out.
         """
         tree = self.model_dump(mode="json")
-        del tree["device"], tree["data"]["root"], tree["data"]["workers"]
+        del tree["device"], tree["checkpoints"], tree["data"]["root"], tree["data"]["workers"]
         for start in tree["init_from"].values():
             del start["path"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

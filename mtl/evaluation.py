@@ -60,21 +60,28 @@ def evaluate(
     samples: Mapping[str, Samples],
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
+    between: Callable[[], None] | None = None,
 ) -> dict[str, TaskFigures]:
-    """Task name -> its figures on these splits, dataset by dataset. Changes no buffer; restores the training mode."""
+    """Task name -> its figures on these splits, dataset by dataset. Changes no buffer; restores the training mode. `between` is
+    called after every batch.
+    """
     was_training = model.training
     model.eval()
     try:
         figures: dict[str, TaskFigures] = {}
         for name in sorted(samples):
-            figures |= _evaluate_dataset(model, samples[name], batch_size, autocast)
+            figures |= _evaluate_dataset(model, samples[name], batch_size, autocast, between)
         return {task.name: figures[task.name] for task in model.tasks if task.name in figures}
     finally:
         model.train(was_training)
 
 
 def _evaluate_dataset(
-    model: Predictor, part: Samples, batch_size: int, autocast: Callable[[], AbstractContextManager[Any]]
+    model: Predictor,
+    part: Samples,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    between: Callable[[], None] | None,
 ) -> dict[str, TaskFigures]:
     tasks = model.present([part.dataset])
     meters = {task.name: Meter(task.all_metrics, task.head.labelled, part.images.device) for task in tasks}
@@ -88,6 +95,8 @@ def _evaluate_dataset(
             predictions = task.head.predictions(outputs[task.name])
             meters[task.name].update(predictions, batch.targets[task.name], batch.valid[task.name])
             labels[task.name] = labels[task.name] + batch.labels(task.name)
+        if between is not None:
+            between()
     figures = {}
     for task in tasks:
         n = int(labels[task.name])  # without those of images that could not be read

@@ -1,5 +1,5 @@
 """Trains many runs, one after the other or several at once. Finished ones are left as they are; one that was begun and cut off
-starts anew.
+goes on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch
 
 from mtl.build import train
 from mtl.config import RunConfig, from_tree
-from mtl.errors import DivergedError, RunError
+from mtl.errors import DivergedError, MTLError, RunError
 from mtl.hardware import usable_cores
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
+from mtl.resuming import is_of, resume
 from mtl.writing import write_whole
 
 
@@ -136,15 +137,33 @@ def _one_by_one(left: Sequence[Job], tally: Tally) -> dict[Path, str]:
 
 
 def _train(job: Job, progress: Progress, at_once: int = 1) -> str | None:
-    if job.directory.exists():
-        shutil.rmtree(job.directory)  # without a result; its seed would give the same again
     try:
-        train(job.config, job.directory, progress)
+        if not _resumed(job, progress):
+            if job.directory.exists():
+                shutil.rmtree(job.directory)  # without a result; its seed would give the same again
+            train(job.config, job.directory, progress)
     except DivergedError as error:
         return str(error)
     note = job.directory / "env.json"
     write_whole(note, json.dumps({**json.loads(note.read_text(encoding="utf-8")), "at_once": at_once}, indent=2) + "\n")
     return None
+
+
+def _resumed(job: Job, progress: Progress) -> bool:
+    """Go on with a run that was begun and cut; False where that cannot be done."""
+    if not is_of(job.directory, job.config):
+        return False
+    data, where = job.config.data, []
+    if data.root is not None:
+        where.append(f"data.root={json.dumps(str(data.root))}")
+    try:
+        resume(job.directory, [*where, f"device={job.config.device}", f"data.workers={data.workers}"], progress)
+    except DivergedError:
+        raise
+    except MTLError as error:
+        progress.line(f"{job.label or job.directory.name} cannot be gone on with, and begins anew: {error}")
+        return False
+    return True
 
 
 _device = ""

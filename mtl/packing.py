@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
 from torch import Tensor
@@ -29,6 +28,7 @@ from mtl.decoding import Decoders
 from mtl.errors import ConfigError, DataError, RunError
 from mtl.files import FileImages, Reading
 from mtl.hardware import usable_cores
+from mtl.locking import OWN, Lock
 from mtl.options import problems
 from mtl.packed import BLOCK, FORMAT, MANIFEST, damaged, digest_of, read_manifest
 from mtl.progress import Progress
@@ -86,10 +86,8 @@ def pack(
     plugin = DATASETS.get(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
+        with Lock(out):
             return _pack(plugin, options, root, out, decoders, bad_files, progress)
-    except Timeout:
-        raise RunError(f"another process packs into {str(out)!r}") from None
     except OSError as error:
         raise RunError(f"cannot pack into {str(out)!r}: {error.strerror or error}") from None
 
@@ -186,7 +184,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     note = out / NOTE
     if not note.is_file():
         if strange := sorted(
-            one.name for one in out.iterdir() if one.name != ".lock" and not one.name.startswith(temporary_prefix(note))
+            one.name for one in out.iterdir() if one.name not in OWN and not one.name.startswith(temporary_prefix(note))
         ):
             raise DataError(f"{str(out)!r} is not empty: it holds {', '.join(strange[:5])}; give a new folder")
         write_whole(note, json.dumps(about).encode())

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from mtl.auto import autocast_for, usable
 from mtl.build import make_model
-from mtl.checkpoint import load_weights, read_description
+from mtl.checkpoints import weights_file
 from mtl.choices import choose, choose_sharing
 from mtl.classification import Classification
 from mtl.config import read_tree
 from mtl.datasets import ArrayDataset
-from mtl.errors import ConfigError, DataError, MTLError, PluginError, RunError, unknown
+from mtl.errors import ConfigError, DataError, MTLError, PluginError, RunError
 from mtl.heads import DataclassHead, Head
 from mtl.images import SUFFIXES, read_image
 from mtl.model import MultiTaskModel
@@ -36,6 +36,7 @@ from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, TASKS
 from mtl.regression import Regression
 from mtl.task import Task, make_task
+from mtl.weights import load_weights, read_description
 
 BUNDLED: dict[str, type[DataclassHead]] = {kind.__name__: kind for kind in (Classification, MultiLabel, Ordinal, Regression)}
 """Heads that a description alone brings back."""
@@ -90,6 +91,8 @@ class Restored:
     dtype: torch.dtype
     device: torch.device
     precision: str
+    arrays: frozenset[str] = frozenset()
+    """Words in the options of the run's datasets, which arrays of a file may be called by."""
 
     @torch.no_grad()
     def __call__(self, samples: Any) -> dict[str, Tensor]:
@@ -118,12 +121,8 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         MTLError: not a run, no weights yet, or a plugin that the network needs is not there.
     """
     directory = Path(run_dir)
-    if not (directory / "config.yaml").is_file():
-        raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
-    if weights not in ("best", "last"):
-        raise ConfigError([unknown("weights", weights, ("best", "last"))])
+    file = weights_file(directory, weights)
     tree = read_tree(directory / "config.yaml")
-    file = directory / "checkpoints" / f"{weights}.safetensors"
     description = read_description(file)
     try:
         standardize, seed, written_precision = tree["data"]["standardize"], tree["seed"], tree["precision"]
@@ -145,7 +144,9 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         ) from error
     model = make_model(tasks, shape, backbone, sharing, standardize, seed, name, pretrained=False)
     load_weights(file, model)
-    return Restored(model.eval(), shape, dtype, torch.device(name), precision)
+    said = [options for options in tree["data"].get("datasets", {}).values() if isinstance(options, dict)]
+    arrays = frozenset(value for options in said for value in options.values() if isinstance(value, str))
+    return Restored(model.eval(), shape, dtype, torch.device(name), precision, arrays)
 
 
 def restored_task(described: Mapping[str, Any], given: Mapping[str, Any]) -> Task:
@@ -182,8 +183,9 @@ def predict(
     Args:
         run_dir: of the run.
         inputs: image files (JPEG, PNG), folders of them (searched whole), .npy, .npz or .safetensors files, or arrays
-            (N, *shape), one or several. Of a file with several arrays, `images` or `features` is taken, or the only one whose
-            samples have the run's shape. Images of files are resized to the run's input; arrays must have its shape and dtype.
+            (N, *shape), one or several. Of a file with several arrays that one is taken whose samples have the run's shape;
+            of several of these the one that the run's config names, or `images` or `features`. Images of files are resized to
+            the run's input; arrays must have its shape and dtype.
         weights: "best" or "last".
         device: as torch names it, or "auto".
         batch_size: images at a time.
@@ -235,7 +237,7 @@ def _sources(given: Any, run: Restored) -> Iterator[_Source]:
     elif not path.exists():
         raise DataError(f"no such file or folder: {str(path)!r}")
     elif path.suffix.lower() in ARRAYS:
-        yield _Source(str(path), _as_samples(_array(path, run.shape), str(path), run))
+        yield _Source(str(path), _as_samples(_array(path, run), str(path), run))
     else:
         _need_images(run)
         yield _Source(str(path))
@@ -249,7 +251,7 @@ def _need_images(run: Restored) -> None:
         )
 
 
-def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | Tensor:
+def _array(path: Path, run: Restored) -> np.ndarray[Any, Any] | Tensor:
     """The samples in a file.
 
     Raises:
@@ -261,28 +263,40 @@ def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | Tensor:
             return mapped
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as stored:
-                name = _meant(path, list(stored.keys()), lambda name: stored.get_slice(name).get_shape(), shape)
+                name = _meant(path, list(stored.keys()), lambda name: stored.get_slice(name).get_shape(), run)
                 tensor: Tensor = stored.get_tensor(name)
                 return tensor
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-            array: np.ndarray[Any, Any] = found[_meant(path, found.files, lambda name: found[name].shape, shape)]
+            array: np.ndarray[Any, Any] = found[_meant(path, found.files, lambda name: _shape(found, name), run)]
             return array
     except UNREADABLE as error:
         raise DataError(f"{str(path)!r} is no readable array: {error}") from error
 
 
-def _meant(path: Path, names: Sequence[str], shape_of: Callable[[str], Sequence[int]], shape: tuple[int, ...]) -> str:
-    """Which of a file's arrays holds the samples."""
-    if not names:
-        raise DataError(f"{str(path)!r} holds no array")
-    known = [name for name in NAMES if name in names]
-    found = known or (names if len(names) == 1 else [name for name in names if tuple(shape_of(name))[1:] == shape])
+def _meant(path: Path, names: Sequence[str], shape_of: Callable[[str], Sequence[int]], run: Restored) -> str:
+    """Which of a file's arrays holds the samples: of those with the run's shape the one that the run's config names, or
+    `images` or `features`, or the only one.
+    """
+    if len(names) == 1:
+        return names[0]
+    found = [name for name in names if run.shape in (tuple(shape_of(name)), tuple(shape_of(name))[1:])]
+    for known in (run.arrays, NAMES):
+        if len(found) > 1 and (called := [name for name in found if name in known]):
+            found = called
     if len(found) != 1:
         raise DataError(
             f"{str(path)!r} holds {len(names)} arrays, {', '.join(sorted(names)[:8])}, and which has the samples cannot "
-            f"be told: {len(found) or 'none'} of shape (N, {', '.join(map(str, shape))}); call it 'images' or 'features'"
+            f"be told: {len(found) or 'none'} of shape (N, {', '.join(map(str, run.shape))}); call one of them 'images'"
         )
     return found[0]
+
+
+def _shape(found: Any, name: str) -> tuple[int, ...]:
+    """Of an array of a .npz file; of one that cannot be read, none that anything has."""
+    try:
+        return tuple(found[name].shape)
+    except ValueError:
+        return (-1,)
 
 
 def _as_samples(given: Any, where: str, run: Restored) -> np.ndarray[Any, Any] | Tensor:
@@ -296,6 +310,8 @@ def _as_samples(given: Any, where: str, run: Restored) -> np.ndarray[Any, Any] |
 
 def _checked(array: Any, where: str, run: Restored) -> Tensor:
     """Samples as a tensor of the run's shape and dtype."""
+    if len(run.shape) == 1 and isinstance(array, Tensor | np.ndarray):  # as vectors are read for training
+        array = torch.as_tensor(np.array(array) if isinstance(array, np.ndarray) else array).to(run.dtype)
     try:
         x = ArrayDataset(array, labels={}).images
     except DataError as error:

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from mtl.checkpoints import FOLDER
 from mtl.config import RunConfig
 from mtl.errors import RunError
 from mtl.hardware import device_name
+from mtl.locking import OWN, Lock
+from mtl.writing import write_whole
 
 DISTRIBUTION = "crosstitch"
 RECORDED = (DISTRIBUTION, "torch", "torchvision", "torchmetrics", "pydantic", "numpy")
@@ -25,27 +28,61 @@ def refuse_to_overwrite(directory: Path) -> None:
     Raises:
         RunError: it holds something, or is a file.
     """
-    if directory.is_dir() and any(directory.iterdir()):
-        raise RunError(f"run directory {str(directory)!r} is not empty; nothing was overwritten; give another, or remove it")
+    if directory.is_dir() and (others := sorted(one.name for one in directory.iterdir() if one.name not in OWN)):
+        hint = f"; mtl train --resume {directory} goes on with it" if "config.yaml" in others else ""
+        raise RunError(
+            f"run directory {str(directory)!r} is not empty; nothing was overwritten; give another, or remove it{hint}"
+        )
     if directory.exists() and not directory.is_dir():
         raise RunError(f"run directory {str(directory)!r} is a file; give a folder")
 
 
-def make_directory(run_dir: str | Path | None, config: RunConfig) -> Path:
-    """A fresh run directory; None: one under `runs/`, named by time, sharing, backbone and seed.
+def make_directory(run_dir: str | Path | None, config: RunConfig) -> tuple[Path, Lock]:
+    """A fresh run directory, held by this process; None: one under `runs/`, named by time, sharing, backbone and seed.
 
     Raises:
-        RunError: it is not empty or cannot be written.
+        RunError: it is not empty, in use, or cannot be written.
     """
     directory = Path(run_dir) if run_dir is not None else _unused(config)
     refuse_to_overwrite(directory)
     try:
-        (directory / "checkpoints").mkdir(parents=True)
-        (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        (directory / "env.json").write_text(json.dumps(environment(config), indent=2) + "\n", encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot write run directory {str(directory)!r}: {error.strerror or error}") from None
-    return directory
+        raise _unwritable(directory, error) from None
+    lock = Lock(directory)
+    try:
+        refuse_to_overwrite(directory)
+        (directory / FOLDER).mkdir()
+        write_whole(directory / "env.json", json.dumps(environment(config), indent=2) + "\n")
+        write_whole(directory / "config.yaml", config.to_yaml())
+    except OSError as error:
+        lock.close()
+        raise _unwritable(directory, error) from None
+    except BaseException:
+        lock.close()
+        raise
+    return directory, lock
+
+
+def note_resumed(directory: Path, config: RunConfig) -> None:
+    """Write the config that a run goes on with, and where it does.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        about = json.loads((directory / "env.json").read_text(encoding="utf-8"))
+        about["resumed"] = [*about.get("resumed", []), environment(config)]
+        write_whole(directory / "env.json", json.dumps(about, indent=2) + "\n")
+        write_whole(directory / "config.yaml", config.to_yaml())
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+    except ValueError as error:
+        raise RunError(f"{str(directory / 'env.json')!r} is damaged: {error}; remove it") from None
+
+
+def _unwritable(directory: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write run directory {str(directory)!r}: {error.strerror or error}")
 
 
 def _unused(config: RunConfig) -> Path:

@@ -7,8 +7,8 @@ arguments of its constructor that a config can hold, with TorchJD's own defaults
 Needs the extra `balance`. TorchJD's own extra `full` would bring `quadprog` and `ecos`, which are under the GPL: UPGrad and
 DualProj run on a projector of ours instead, and NashMTL asks for `ecos`.
 
-What a method gathers while it runs (FAMO's Adam moments, DWA's averages, ExcessMTL's sums of squares) is not among the weights
-of a run; its parameters are.
+What a method gathers while it runs (FAMO's Adam moments, DWA's averages, ExcessMTL's sums of squares) is saved with a run, so
+that it can go on, but is not among its weights; its parameters are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mtl.balancing import Balancer, Scalarization
 from mtl.errors import ConfigError, MTLError, PluginError, RunError
+from mtl.memory import memory_of, recall
 from mtl.options import Options
 from mtl.registry import register_balancer
 from mtl.seeding import seeded
@@ -148,6 +149,14 @@ class Aggregation(Balancer):
             ) from error
         return torch.stack([loss.detach() for loss in losses]).sum()
 
+    def memory(self) -> dict[str, Any]:
+        """What the method has gathered."""
+        return memory_of(self.method)
+
+    def recall(self, memory: dict[str, Any], device: torch.device) -> None:
+        """Give it back to the method."""
+        recall(self.method, memory, device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Aggregation:
         super()._apply(fn, recurse)
         move_state(self.method, fn)
@@ -179,6 +188,14 @@ class LossCombination(Scalarization):
     def optimised(self) -> Iterable[nn.Parameter]:
         """None of a method that learns by its own `update`: its optimizer is inside it."""
         return () if hasattr(self.method, "update") else self.parameters()
+
+    def memory(self) -> dict[str, Any]:
+        """What the method has gathered."""
+        return memory_of(self.method)
+
+    def recall(self, memory: dict[str, Any], device: torch.device) -> None:
+        """Give it back to the method."""
+        recall(self.method, memory, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossCombination:
         super()._apply(fn, recurse)

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl.backbones import Backbone, need_image
-from mtl.checkpoint import load_state
 from mtl.errors import ConfigError, unknown
 from mtl.options import Options
 from mtl.registry import register_backbone
+from mtl.weights import load_state
 
 
 class TorchvisionOptions(Options):

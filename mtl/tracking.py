@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mtl.writing import synchronise
 
 
 class Tracker(ABC):
@@ -27,14 +30,22 @@ class Tracker(ABC):
     def close(self) -> None:
         """Write what is pending."""
 
+    def flush(self) -> None:  # noqa: B027 (a sink that holds nothing back has nothing to do)
+        """Write what is pending, and go on."""
+
 
 class TensorBoard(Tracker):
-    """Event files for `tensorboard --logdir`."""
+    """Event files for `tensorboard --logdir`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where they go.
+        purge_step: what earlier files there say of later steps is not shown; None: all of it is.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second, and only training needs it
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -45,6 +56,9 @@ class TensorBoard(Tracker):
 
     def close(self) -> None:
         self._writer.close()
+
+    def flush(self) -> None:
+        self._writer.flush()
 
 
 def log_hparams(folder: Path, settings: Mapping[str, str | float], figures: Mapping[str, float]) -> None:
@@ -69,6 +83,20 @@ class Rows:
         """Append rows."""
         with open(self._path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+    def size(self) -> int:
+        """Bytes that are written."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def synchronise(self) -> None:
+        """Wait until they are on the disk."""
+        if self._path.exists():
+            synchronise(self._path)
+
+    def cut(self, size: int) -> None:
+        """Forget what was written after the first `size` bytes."""
+        if self.size() > size:
+            os.truncate(self._path, size)
 
 
 def draw_coupling(matrix: NDArray[np.float64], tasks: Sequence[str], title: str) -> NDArray[np.uint8]:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mtl.checkpoint import is_of_run, load_state, read_weights
+from mtl.checkpoints import weights_file
 from mtl.config import InitFrom
-from mtl.errors import ConfigError, unknown
+from mtl.errors import ConfigError, RunError, unknown
 from mtl.model import MultiTaskModel
+from mtl.weights import is_of_run, load_state, read_weights
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ def located(task: str, given: InitFrom) -> InitFrom:
         ConfigError: nothing there, or a file that is no longer the one whose digest the config holds.
     """
     path = given.path.absolute()
-    file = _file(path, given.weights)
+    try:
+        file = _file(path, given.weights)
+    except RunError as error:
+        raise ConfigError([f"init_from.{task}: {error}; give another run, or a .safetensors file"]) from None
     if not file.is_file():
-        what = "a run directory without these weights" if path.is_dir() else "no such file or run"
-        raise ConfigError([f"init_from.{task}: {str(path)!r}: {what}; give a run directory or a .safetensors file"])
+        raise ConfigError(
+            [f"init_from.{task}: {str(path)!r}: no such file or run; give a run directory or a .safetensors file"]
+        )
     with open(file, "rb") as stream:
         digest = file_digest(stream, "sha256").hexdigest()[:12]
     if given.digest is not None and digest != given.digest:
@@ -52,7 +57,7 @@ def located(task: str, given: InitFrom) -> InitFrom:
 
 
 def _file(path: Path, weights: str) -> Path:
-    return path / "checkpoints" / f"{weights}.safetensors" if path.is_dir() else path
+    return weights_file(path, weights) if path.is_dir() else path
 
 
 def source(task: str, given: InitFrom) -> Source:

@@ -30,11 +30,13 @@ import mtl
 from mtl import build
 from mtl.balancing import Balancer
 from mtl.batches import Step
-from mtl.checkpoint import load_weights, save_weights
+from mtl.checkpoints import weights_file
 from mtl.config import RunConfig
 from mtl.registry import BALANCERS
+from mtl.run import Run, State
 from mtl.torchjd_balancers import METHODS, Aggregation, LossCombination, NNLSProjector, first_sentences
-from mtl.trainer import Run, expected_labels, losses_again, task_losses, train_and_validate, train_epoch, train_step
+from mtl.trainer import expected_labels, fit, losses_again, task_losses, train_epoch, train_step
+from mtl.weights import load_weights, weights_of, write_weights
 
 THREE = ["tiny_a", {"name": "tiny_b", "weight": 2.0}, "tiny_c"]
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -159,12 +161,12 @@ def test_a_step_fills_every_gradient(ready: Callable[..., Run], name: str) -> No
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_an_epoch_changes_the_weights_and_repeats(ready: Callable[..., Run], name: str) -> None:
-    runs = [ready(tasks=THREE, sharing="hard_shared", balancer=choice(name)) for _ in range(2)]
+    runs = [ready(tasks=THREE, sharing="hard_shared", balancer=choice(name), max_steps=2) for _ in range(2)]
     before = {key: tensor.clone() for key, tensor in runs[0].model.state_dict().items()}
     for run in runs:
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            train_epoch(run, 1, most=2)
+            train_epoch(run, State())
     first, second = (run.model.state_dict() for run in runs)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(tensor.isfinite().all() for tensor in first.values())
@@ -458,7 +460,7 @@ def test_hooks_are_called_after_steps_and_epochs(spied: Callable[..., Run]) -> N
     passes: list[int] = []
     run.model.register_forward_hook(lambda *_: passes.append(1))
     for epoch in (1, 2):
-        train_epoch(run, epoch)
+        train_epoch(run, State(epoch=epoch - 1))
     assert run.balancer.calls == 2 * [*2 * ["backward", "after_step"], "after_epoch"]
     assert len(passes) == 4  # what nobody asks for is not computed
 
@@ -497,7 +499,7 @@ def test_famo_learns_from_every_step(ready: Callable[..., Run], monkeypatch: pyt
     run = ready(tasks=THREE, sharing="hard_shared", balancer="famo", optim={"name": "adamw"})
     (logits,) = run.balancer.parameters()
     assert "balancer" not in {group["name"] for group in run.optimizer.param_groups}  # its own Adam steps them
-    train_epoch(run, 1)
+    train_epoch(run, State())
     assert len(updates) == run.feed.steps_per_epoch > 1
     assert logits.abs().max() > 0
     assert logits.unique().numel() == 3
@@ -526,7 +528,7 @@ def test_dwa_weighs_by_how_epochs_fell(ready: Callable[..., Run], monkeypatch: p
     for epoch in (1, 2):
         x = torch.ones(2, requires_grad=True)
         assert torch.autograd.grad(create("dwa", ("a", "b")).combine(x), x)[0].tolist() == [1, 1]
-        averages.append(torch.tensor(train_epoch(run, epoch).losses[:2]))
+        averages.append(torch.tensor(train_epoch(run, State(epoch=epoch - 1)).losses[:2]))
         assert len(ended) == epoch
     x = torch.ones(2, requires_grad=True)
     (weights,) = torch.autograd.grad(run.balancer.combine(x), x)  # type: ignore[operator]
@@ -541,7 +543,7 @@ def test_a_balancers_parameters_are_optimised_without_decay(ready: Callable[...,
     (parameter,) = run.balancer.parameters()
     assert [id(p) for p in groups["balancer"]["params"]] == [id(parameter)]
     assert (groups["balancer"]["weight_decay"], groups["balancer"]["lr"]) == (0, 0.01)
-    train_epoch(run, 1)
+    train_epoch(run, State())
     assert parameter.abs().min() > 0
 
 
@@ -566,7 +568,7 @@ def test_a_balancer_is_saved_beside_the_model(ready: Callable[..., Run], tmp_pat
     run, fresh, alone = ready(**values), ready(**values, seed=1), ready(**values, seed=2)
     stepped(run)
     path = tmp_path / "weights.safetensors"
-    save_weights(path, run.model, {"some": "words"}, run.balancer)
+    write_weights(path, weights_of(run.model, run.balancer), {"some": "words"})
     names = load_file(path).keys()
     assert names == {*run.model.state_dict(), *(f"balancer.{key}" for key in run.balancer.state_dict())}
     assert {f"balancer.{key}" for key, _ in run.balancer.named_parameters()} <= names
@@ -582,19 +584,19 @@ def test_a_balancer_is_saved_beside_the_model(ready: Callable[..., Run], tmp_pat
 def test_weights_of_another_balancer_are_refused_whole(ready: Callable[..., Run], tmp_path: Path) -> None:
     run, other = ready(balancer="uw"), ready(balancer="imtll", seed=1)
     path = tmp_path / "weights.safetensors"
-    save_weights(path, run.model, {}, run.balancer)
+    write_weights(path, weights_of(run.model, run.balancer), {})
     before = {key: tensor.clone() for key, tensor in other.model.state_dict().items()}
     message = refusal(lambda: load_weights(path, other.model, other.balancer), mtl.RunError)
     assert "are of another balancer: 1 missing, 1 unknown, 0 of another shape; first: method.log_scale" in message
     assert all(torch.equal(before[key], tensor) for key, tensor in other.model.state_dict().items())
-    save_weights(path, run.model, {})
+    write_weights(path, weights_of(run.model), {})
     assert "of another balancer: 1 missing" in refusal(lambda: load_weights(path, run.model, run.balancer), mtl.RunError)
 
 
 def test_a_run_keeps_its_balancer_and_can_be_evaluated(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
     result = mtl.train(RunConfig(**{**tiny_config, "balancer": "uw"}), tmp_path / "run")
     for which in ("best", "last"):
-        saved = load_file(tmp_path / "run" / "checkpoints" / f"{which}.safetensors")
+        saved = load_file(weights_file(tmp_path / "run", which))
         assert saved["balancer.method.log_var"].abs().min() > 0
     assert mtl.evaluate_run(tmp_path / "run") == result.test
 
@@ -602,9 +604,9 @@ def test_a_run_keeps_its_balancer_and_can_be_evaluated(tmp_path: Path, tiny_conf
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_pickled_balancer_goes_on_where_it_was(ready: Callable[..., Run], name: str) -> None:
     """With all that it has gathered, which a file of weights does not hold."""
-    run = ready(tasks=THREE, sharing="hard_shared", balancer=choice(name))
+    run = ready(tasks=THREE, sharing="hard_shared", balancer=choice(name), max_steps=1)
     for epoch in (1, 2):
-        train_epoch(run, epoch, most=1)
+        train_epoch(run, State(epoch=epoch - 1))
     copy = pickle.loads(pickle.dumps(run.balancer))
     original = run.balancer
     step = next(run.feed.epoch(3))
@@ -740,10 +742,8 @@ def test_accumulation_is_refused(ready: Callable[..., Run], name: str) -> None:
 @pytest.mark.parametrize("name", ["upgrad", "pcgrad", "cagrad", "fairgrad", "alignedmtl", "config", "graddrop"])
 def test_a_run_that_explodes_ends_in_an_error_for_users(ready: Callable[..., Run], name: str) -> None:
     """Whether the method passes what is not a number on, or fails on it."""
-    from mtl.trainer import State
-
     run = ready(sharing="hard_shared", balancer=choice(name), optim={"name": "sgd", "lr": 1e30})
-    message = refusal(lambda: [train_and_validate(run, State()) for _ in range(2)], mtl.RunError)
+    message = refusal(lambda: fit(run), mtl.RunError)
     assert "finite" in message
 
 

@@ -30,7 +30,6 @@ import mtl
 from mtl.backbones import SmallCNN
 from mtl.batchable import Gap, calm, reason_against
 from mtl.batched import Batched
-from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
 from mtl.execution import Execution, OneByOne, Segment
 from mtl.model import MultiTaskModel, backbone_maker
@@ -40,6 +39,7 @@ from mtl.sharing import Sharing
 from mtl.stacking import apart
 from mtl.stages import cut, probe
 from mtl.standardize import Standardize
+from mtl.weights import load_weights, weights_of, write_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import batching
@@ -690,7 +690,7 @@ def test_weights_are_saved_tower_by_tower_and_loaded(tmp_path: Path) -> None:
     batched({"d": images()})
     plain({"d": images()})
     for model, file in ((batched, "batched"), (plain, "plain")):
-        save_weights(tmp_path / file, model, {})
+        write_weights(tmp_path / file, weights_of(model), {})
     assert (tmp_path / "batched").stat().st_size == (tmp_path / "plain").stat().st_size
     fresh, _ = pair_of(mtl.CrossStitch())
     fresh({"d": images(seed=3)})

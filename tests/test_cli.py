@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from typer.testing import CliRunner
 
 import mtl
 from mtl import cli
+from mtl.checkpoints import BEST, MODEL, STATE, TRAINING
+from mtl.commit import MANIFEST
 from mtl.registry import DATASETS
 
 EPOCHS = 8
@@ -205,8 +208,10 @@ def test_run_directory_holds_what_was_promised(trained: tuple[Path, Outcome]) ->
     found = set(files(folder))
     [events] = [name for name in found if name.startswith("tb/")]
     assert (folder / events).stat().st_size > 0
-    weights = {"checkpoints/best.safetensors", "checkpoints/last.safetensors"}
-    assert found - {events} == {"config.yaml", "env.json", "metrics.jsonl", "exchange.jsonl", "result.json"} | weights
+    checkpoints = {name for name in found if name.startswith("checkpoints/checkpoint-")}
+    assert {Path(name).name for name in checkpoints} == {MODEL, BEST, TRAINING, STATE, MANIFEST}
+    rest = {"config.yaml", "env.json", "metrics.jsonl", "exchange.jsonl", "result.json", "checkpoints/last.json", ".lock"}
+    assert found - {events} - checkpoints == rest
     assert json.loads((folder / "result.json").read_text()) == outcome.json
     env = json.loads((folder / "env.json").read_text())
     assert env["config_digest"] == outcome.json["config_digest"]
@@ -337,10 +342,11 @@ def test_evaluate_refuses_what_is_no_run(tmp_path: Path) -> None:
 
 def test_evaluate_refuses_a_run_without_weights(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes((trained[0] / "config.yaml").read_bytes())
-    check_refused(command("evaluate", tmp_path), "best.safetensors")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"not weights")
-    check_refused(command("evaluate", tmp_path), "best.safetensors", "damaged")
+    check_refused(command("evaluate", tmp_path), "no best weights", "has not finished its first epoch")
+    shutil.copytree(trained[0] / "checkpoints", tmp_path / "checkpoints")
+    for file in (tmp_path / "checkpoints").glob("*/best.safetensors"):
+        file.write_bytes(b"not weights")
+    check_refused(command("evaluate", tmp_path), "best.safetensors has 11 bytes", "damaged")
 
 
 # Mistakes
@@ -545,6 +551,16 @@ def test_backbone_that_does_not_exist_or_fit() -> None:
     check_refused(command("backbones", "smallcnn"), "unknown backbone 'smallcnn'", "did you mean 'small_cnn'")
     check_refused(command("backbones", "small_cnn", "--input-shape", "128"), "small_cnn", "(128,)", "mlp")
     assert command("backbones", "mlp", "--input-shape", "128", "--json").json["features"] == [32]
+
+
+def test_a_task_with_a_required_option_says_so(cwd: Path) -> None:
+    (cwd / "own.py").write_text(
+        'import mtl\nclass O(mtl.Options):\n    size: int\n    """Of it."""\n'
+        "@mtl.register_task('needs', options=O)\ndef needs(options):\n    'A task.'\n    raise AssertionError\n"
+    )
+    about = command("tasks", "needs", "--plugin", "own.py", "--json").json
+    assert about["options"] == {"size": {"about": "Of it.", "required": True}}
+    assert "A task." in command("tasks", "needs", "--plugin", "own.py").out
 
 
 def test_a_dataset_says_which_options_it_takes() -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mtl
-from mtl import comparison, figures, jobs
+from mtl import comparison, figures, jobs, trainer
 from mtl.ablation import WithCut
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
@@ -204,12 +204,16 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     def some(config: RunConfig, run_dir: Path, progress: Any) -> Any:
         trained.append(run_dir.name)
         if len(trained) == 3:
-            real(config.replaced(max_steps=1), run_dir, progress)  # part of a run is there, and no result
-            (run_dir / "result.json").unlink()
-            raise KeyboardInterrupt
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer, "train_step", interrupted)
+                real(config, run_dir, progress)
         return real(config, run_dir, progress)
 
-    real = jobs.train
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    real, step = jobs.train, trainer.train_step
     monkeypatch.setattr(jobs, "train", some)
     progress = Noted()
     with pytest.raises(KeyboardInterrupt):
@@ -219,12 +223,14 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     assert progress.lines[-1].startswith("interrupted: 2 of 4 runs are finished, in cut/runs; the same command goes on")
     kept = {path.parent.name for path in Path("cut/runs").glob("*/result.json")}
     assert len(kept) == 2
-    cut = mtl.compare(base, arms, 1, out="cut")
-    assert all(trained.count(name) == 1 for name in kept)
-    assert len(trained) == 1 + len(list(Path("cut/runs").iterdir()))  # the one that was cut, twice
+    progress = Noted()
+    cut = mtl.compare(base, arms, 1, out="cut", progress=progress)
+    assert sorted(trained) == sorted(path.name for path in Path("cut/runs").iterdir())  # each begun once
+    assert any(line.startswith("goes on after step 1, from checkpoint-") for line in progress.lines)
     assert without_times(cut.results) == without_times(whole.results)
 
     monkeypatch.setattr(jobs, "train", lambda *_: pytest.fail("nothing is left to train"))
+    monkeypatch.setattr(jobs, "resume", lambda *_: pytest.fail("nothing is left to train"))
     again = mtl.compare(base, arms, 1, out="cut")
     assert without_times(again.results) == without_times(whole.results)
 

@@ -492,8 +492,9 @@ def test_options_change_only_on_purpose() -> None:
         "data.fraction", "data.labelled", "data.datasets",
         "optim.name", "optim.lr", "optim.momentum", "optim.l2", "optim.weight_decay", "optim.schedule", "optim.warmup_epochs",
         "optim.clip_norm", "optim.freeze", "optim.accumulate",
-        "epochs", "max_steps", "epoch_steps", "batch_size", "patience", "precision", "execution",
-        "compile", "device", "seed",
+        "epochs", "max_steps", "epoch_steps", "batch_size", "patience",
+        "checkpoints.every_seconds", "checkpoints.every_steps", "checkpoints.keep", "checkpoints.keep_every_epochs",
+        "precision", "execution", "compile", "device", "seed",
     ]  # fmt: skip
     assert keys(mtl.CrossStitch) == [
         "kind", "points", "lr_multiplier", "granularity", "init.same", "init.cross", "dense_limit_gib",

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import mtl
 from mtl import auto, build
+from mtl.checkpoints import weights_file
 from mtl.config import RunConfig
 from mtl.data import Samples
 from mtl.decoding import Decoders
@@ -147,11 +148,11 @@ def test_files_train_as_their_pixels_do_whatever_the_workers(config: Callable[..
     arrays = mtl.train(config(options={"files": False}), in_tmp / "arrays")
     results = [mtl.train(config(workers), in_tmp / f"{workers}") for workers in (0, 1, 2)]
     assert {row["n"] for row in rows(in_tmp / "arrays") if row["split"] == "train"} == {48, 40}
-    expected = load_file(in_tmp / "arrays" / "checkpoints" / "best.safetensors")
+    expected = load_file(weights_file(in_tmp / "arrays"))
     for workers, result in enumerate(results):
         assert rows(in_tmp / f"{workers}") == rows(in_tmp / "arrays")
         assert result.test == arrays.test
-        found = load_file(in_tmp / f"{workers}" / "checkpoints" / "best.safetensors")
+        found = load_file(weights_file(in_tmp / f"{workers}"))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert len({result.config_digest for result in results}) == 1

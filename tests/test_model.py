@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import mtl
 from mtl.batched import Batched
-from mtl.checkpoint import load_weights, save_weights
 from mtl.config import RunConfig
 from mtl.execution import Execution, OneByOne
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.registry import BACKBONES
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
+from mtl.weights import load_weights, weights_of, write_weights
 
 SHAPE = (1, 8, 8)
 POINTS = ("pool1", "pool2", "fc3")
@@ -289,7 +289,7 @@ def own(make: Any, sharing: Any = None) -> MultiTaskModel:
 
 def test_tied_weights_are_saved_and_loaded(tmp_path: Path) -> None:
     model = own(lambda input_shape: Tied(), mtl.CrossStitch(points=("m1",)))
-    save_weights(tmp_path / "w.safetensors", model, {})
+    write_weights(tmp_path / "w.safetensors", weights_of(model), {})
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():

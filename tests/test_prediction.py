@@ -192,7 +192,7 @@ def test_csv_has_a_column_per_figure_and_no_formulas(run: Path, samples: np.ndar
         (["bad.npy"], r"'bad.npy' is no readable array"),
         (
             ["two.npz"],
-            r"'two.npz' holds 2 arrays, x, y, and which .* cannot be told: none of shape \(N, 3, 8, 10\); call it 'ima",
+            r"'two.npz' holds 2 arrays, x, y, and which .* cannot be told: none of shape \(N, 3, 8, 10\); call one",
         ),
     ],
 )

@@ -114,8 +114,11 @@ def test_commands_in_the_readme_are_legal(line: str, monkeypatch: pytest.MonkeyP
         if isinstance(command, typer.core.TyperGroup):
             name, *words = words
     context = command.make_context(name, list(words))
-    if name == "train" and not [word for word in words if "lrr" in word]:
+    if name == "train" and context.params["resume"] is None and not [word for word in words if "lrr" in word]:
         load(context.params["config"], context.params["overrides"] or [])
+    elif name == "train" and context.params["resume"] is not None:
+        changed = [context.params["config"], *(context.params["overrides"] or [])]
+        load(ROOT / "examples" / "configs" / "fashion_two_task.yaml", [one for one in changed if one is not None])
 
 
 def test_the_custom_task_example_is_short_and_learns(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from torchvision.models import _api
 
 import mtl
 from mtl import build
-from mtl.checkpoint import load_state
 from mtl.model import backbone_maker, describe_backbone
 from mtl.registry import BACKBONES
 from mtl.stages import cut, module_outputs
 from mtl.torchvision_backbones import FAMILIES, TorchvisionOptions, family_of
+from mtl.weights import load_state
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.cutting import compare

@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtl
 from mtl import build
 from mtl.batches import Batch
+from mtl.checkpoints import weights_file
 from mtl.config import RunConfig
 from mtl.data import Split
 from mtl.evaluation import summed_loss
-from mtl.trainer import Run, expected_labels, fit, train_step
+from mtl.run import Run, State
+from mtl.trainer import expected_labels, fit, train_step
 
 SHARINGS: list[Any] = [
     "unshared",
@@ -226,7 +228,7 @@ def test_overfits_a_batch(ready: Callable[..., Run], sharing: Any, balancer: str
 
 
 def digest(result: mtl.RunResult) -> dict[str, bytes]:
-    weights = load_file(Path(result.run_dir) / "checkpoints" / "last.safetensors")
+    weights = load_file(weights_file(Path(result.run_dir), "last"))
     return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
@@ -379,7 +381,7 @@ def test_the_loop_does_not_wait_for_the_device(
     for batch_size in (64, 8):
         run = ready(sharing=sharing, data=data, batch_size=batch_size, optim={"clip_norm": 1.0, "l2": 1e-5})
         with Synchronisations(monkeypatch) as training:
-            train_epoch(run, 1)
+            train_epoch(run, State())
         with Synchronisations(monkeypatch) as evaluating:
             evaluate(run.model, run.samples[Split.TRAIN], batch_size, run.autocast)
         counts.append((run.feed.steps_per_epoch, training.count, evaluating.count))

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import mtl
 from mtl import build
+from mtl.checkpoints import weights_file
 from mtl.config import load
 
 
 def trained(config: dict[str, Any], where: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """Train and give the best weights by name."""
     mtl.train(mtl.RunConfig(**{**config, "epochs": 1, **changes}), where)
-    return load_file(where / "checkpoints" / "best.safetensors")
+    return load_file(weights_file(where))
 
 
 def begun(config: dict[str, Any], where: Path, **changes: Any) -> dict[str, torch.Tensor]:
@@ -92,7 +93,7 @@ def test_bad_starts_are_explained_before_anything_is_written(tiny_config: dict[s
     cases: list[tuple[dict[str, Any], str]] = [
         ({"init_from": {"tiny_x": "a"}}, r"init_from: unknown task 'tiny_x'; known: tiny_a, tiny_b"),
         ({"init_from": {"tiny_a": "nowhere"}}, r"init_from.tiny_a: .*nowhere': no such file or run"),
-        ({"init_from": {"tiny_a": "."}}, r"a run directory without these weights"),
+        ({"init_from": {"tiny_a": "."}}, r"is not a run directory: it has no config.yaml"),
         ({"init_from": {"tiny_a": "text.safetensors"}}, r"text.safetensors' are damaged"),
         (
             {"init_from": {"tiny_a": "a"}, **wide},
@@ -156,5 +157,5 @@ def test_a_run_of_another_task_and_a_runs_own_file(tiny_config: dict[str, Any], 
         begun(tiny_config, in_tmp / "refused", init_from={"tiny_b": "a"})
     other = begun(tiny_config, in_tmp / "other", init_from={"tiny_b": {"path": "a", "task": "tiny_a"}})
     assert same(under("towers.tiny_b.", other), under("towers.tiny_a.", source))
-    file = begun(tiny_config, in_tmp / "file", init_from={"tiny_a": "a/checkpoints/best.safetensors"})
+    file = begun(tiny_config, in_tmp / "file", init_from={"tiny_a": str(weights_file(Path("a")))})
     assert same(under("heads.tiny_a.", file), under("heads.tiny_a.", source))

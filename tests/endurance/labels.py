@@ -17,7 +17,8 @@ from mtl.config import RunConfig
 from mtl.evaluation import summed_loss
 from mtl.inspection import inspect
 from mtl.progress import Silent
-from mtl.trainer import Run, train_step
+from mtl.run import Run
+from mtl.trainer import train_step
 from tests.endurance.rows import Cases, row
 
 N = 100

@@ -1,9 +1,8 @@
-"""Weights on disk: one safetensors file, written so that a reader sees the old one or the new one, never half of one."""
+"""Weights in a file: safetensors, with a description of what they are weights of."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,24 +19,23 @@ BALANCER = "balancer."
 """How the names of a balancer's tensors begin, beside the model's."""
 
 
-def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any], balancer: nn.Module | None = None) -> None:
-    """Write the state of `model`, that of `balancer` and a JSON description (tasks, class names) to `path`, replacing it whole.
+def weights_of(model: nn.Module, balancer: nn.Module | None = None) -> dict[str, Tensor]:
+    """The state of `model` and of `balancer` by name, on the CPU as a file holds it; some of it may be theirs, not a copy."""
+    state = {**model.state_dict(), **_balancer_state(balancer)}
+    return _apart({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()})
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write what `weights_of` gave, and a JSON description (tasks, class names), to a new file.
 
     Raises:
         RunError: the file cannot be written (a full disk, say).
     """
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state = {**model.state_dict(), **_balancer_state(balancer)}
-    state = _apart({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()})
     try:
-        save_file(state, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        save_file(dict(weights), path, metadata={"format": FORMAT, "description": json.dumps(description)})
     except Exception as error:  # safetensors has an error type of its own for a failed write
-        temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write weights {str(path)!r}: {error}") from error
 
 
@@ -48,13 +46,19 @@ def load_weights(path: Path, model: nn.Module, balancer: nn.Module | None = None
         RunError: no such file, damaged, another format, or weights of another model or balancer; nothing is loaded then.
     """
     state, description = read_weights(path)
-    saved = {name.removeprefix(BALANCER): state.pop(name) for name in [*state] if name.startswith(BALANCER)}
+    saved = {name.removeprefix(BALANCER): value for name, value in state.items() if name.startswith(BALANCER)}
+    state = without_balancer(state)
     _check_fit(path, "model", model, state)
     if balancer is not None:
         _check_fit(path, "balancer", balancer, saved)
         load_state(balancer, saved)
     load_state(model, state)
     return description
+
+
+def without_balancer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of `weights_of` is the model's."""
+    return {name: value for name, value in weights.items() if not name.startswith(BALANCER)}
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +97,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Name -> tensor on the CPU, and the description, of a file that `save_weights` wrote.
+    """Name -> tensor on the CPU, and the description, of a file that `write_weights` wrote.
 
     Raises:
         RunError: no such file, damaged, or another format.
@@ -104,7 +108,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_of_run(path: Path) -> bool:
-    """Whether a safetensors file is one that `save_weights` wrote.
+    """Whether a safetensors file is one that `write_weights` wrote.
 
     Raises:
         RunError: it is no readable safetensors file.

@@ -1,0 +1,111 @@
+"""A run's checkpoints on disk: which there are, which are whole, and where the weights in them are.
+
+checkpoints/last.json                          which one is the newest
+checkpoints/checkpoint-000012/model.safetensors      the weights, and what they are weights of
+/best.safetensors       those that were best on validation data so far
+/training.safetensors   optimizer, random generators, sums of the epoch
+/state.json             where training stands
+/manifest.json          sizes and SHA-256 of all these
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl.commit import committed, faults, manifest_of
+from mtl.errors import ConfigError, RunError, unknown
+from mtl.strict_json import read_strict
+
+FOLDER = "checkpoints"
+MODEL, BEST, TRAINING, STATE = "model.safetensors", "best.safetensors", "training.safetensors", "state.json"
+LARGEST_STATE = 64 << 20
+"""Bytes that a state may have."""
+WEIGHTS = {"best": BEST, "last": MODEL}
+"""What a user calls weights -> the file that they are in."""
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return run_dir / FOLDER
+
+
+def newest(run_dir: Path, files: Sequence[str] = ()) -> tuple[Path, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with those that are newer.
+
+    Args:
+        run_dir: of the run.
+        files: that are wanted of it; none: all of them.
+
+    Raises:
+        RunError: none is; with what is wrong with each.
+    """
+    wrong: list[str] = []
+    for folder in committed(folder_of(run_dir)):
+        found = [f"{folder.name}: {fault}" for fault in faults(folder, files)]
+        if not found:
+            return folder, wrong
+        wrong += found
+    if wrong:
+        raise RunError(f"every checkpoint of {str(run_dir)!r} is damaged: {'; '.join(wrong)}")
+    raise RunError(f"{str(run_dir)!r} holds no checkpoint")
+
+
+def weights_file(run_dir: Path, weights: str = "best") -> Path:
+    """The file with a run's weights, "best" or "last", checked against its manifest. Damage of a newer one is warned of.
+
+    Raises:
+        ConfigError: other weights than these two.
+        RunError: no run directory, no weights yet, or none that are whole.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError([unknown("weights", weights, WEIGHTS)])
+    if not (run_dir / "config.yaml").is_file():
+        raise RunError(f"{str(run_dir)!r} is not a run directory: it has no config.yaml")
+    wrong: list[str] = []
+    file = WEIGHTS[weights]
+    for folder in committed(folder_of(run_dir)):
+        found = list(faults(folder, [STATE]))
+        if not found and (file not in manifest_of(folder) or not state_of(folder)["steps"]):
+            break  # before there were any
+        if not (found := found or list(faults(folder, [file]))):
+            if wrong:
+                warnings.warn(f"{str(run_dir)!r}: {'; '.join(wrong)}; {folder.name} is used", stacklevel=2)
+            return folder / file
+        wrong += [f"{folder.name}: {fault}" for fault in found]
+    damaged = f"; damaged: {'; '.join(wrong)}" if wrong else ""
+    raise RunError(f"no {weights} weights in {str(run_dir)!r}: the run has not finished its first epoch{damaged}")
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of where training stands.
+
+    Raises:
+        RunError: nothing that can be read.
+    """
+    said = read_strict(folder / STATE, LARGEST_STATE)
+    if not isinstance(said, dict):
+        raise RunError(f"{str(folder / STATE)!r} is no state")
+    return said
+
+
+def verify(run_dir: Path) -> list[dict[str, Any]]:
+    """Every checkpoint of a run, the newest first: its `name`, what it is `about`, and its `faults`.
+
+    Raises:
+        RunError: there is none.
+    """
+    if not (found := committed(folder_of(run_dir))):
+        raise RunError(f"{str(run_dir)!r} holds no checkpoint; give a run directory")
+    result = []
+    for folder in found:
+        wrong = list(faults(folder))
+        about = ""
+        if not wrong:
+            state = state_of(folder)
+            best = "" if state["best"] is None else f", best epoch {state['best']['epoch']}"
+            about = f"whole, {state['epoch']} epochs and {state['steps']} steps{best}"
+        result.append({"name": folder.name, "about": about, "faults": wrong})
+    return result

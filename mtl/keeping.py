@@ -1,0 +1,247 @@
+"""When a run is saved, what is saved of it, and how it is put back.
+
+Between two steps a run is its network, balancer, optimizer, schedule, `State` and the random generators, and nothing else:
+order and augmentation are functions of the seed, the epoch and the position. What `save` writes, `restore` puts
+back to the last bit.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, folder_of, state_of
+from mtl.commit import Content, commit, committed, number
+from mtl.data import Split
+from mtl.errors import RunError
+from mtl.fingerprint import fingerprint
+from mtl.interruption import Interruption
+from mtl.memory import packed, unpacked
+from mtl.run import Best, Partial, Run, State
+from mtl.state import (
+    group_values,
+    load_group_values,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    random_tensors,
+    random_values,
+)
+from mtl.strict_json import write_strict
+from mtl.weights import load_weights, read_weights, weights_of, write_weights
+
+FORMAT = 1
+"""Of `state.json` and the names in `training.safetensors`."""
+SHARE = 0.01
+"""Of the time that training may spend on saving itself, but for what is asked for by `checkpoints.every_steps`."""
+NEW, KEPT = "checkpoint", "epoch"
+"""How the folders' names begin: of those that make room for newer ones, and of those that stay."""
+
+
+class Keeper:
+    """Saves a run: from time to time, at the end of epochs, and when training is told to stop.
+
+    Args:
+        run: to save.
+        state: where it stands, now and later.
+        interruption: that may ask it to stop.
+    """
+
+    def __init__(self, run: Run, state: State, interruption: Interruption) -> None:
+        self.run, self.state, self.interruption = run, state, interruption
+        self.folder = folder_of(run.directory)
+        self.seconds = 0.0
+        """Spent on saving."""
+        self._last, self._cost = time.monotonic(), 0.0
+        there = committed(self.folder)
+        self._number = max(map(number, (folder.name for folder in there)), default=0)
+        self._began = time.monotonic()
+        self._saved = None if state.restored is None else (state.steps, state.epoch)
+
+    @property
+    def newest(self) -> str:
+        """What to say of the last one saved."""
+        return "nothing is saved yet" if self._saved is None else f"step {self._saved[0]} is saved in {self.run.directory}"
+
+    def between_steps(self) -> None:
+        """Save if it is time to, and stop if that was asked for."""
+        self.stop_if_asked()
+        asked = self.run.config.checkpoints.every_steps
+        if asked is not None:
+            if self.state.steps % asked == 0:
+                self.save()
+        elif self._waited(self.run.config.checkpoints.every_seconds):
+            self.save()
+
+    def after_epoch(self) -> None:
+        """Save an epoch that is over, validated and logged, if that is not too often; stop if that was asked for."""
+        options = self.run.config.checkpoints
+        stays = options.keep_every_epochs is not None and self.state.epoch % options.keep_every_epochs == 0
+        if stays or (options.every_steps is None and self._waited(0.0)):
+            self.save(KEPT if stays else NEW)
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Save and stop, if that was asked for; where nothing that is saved is half done.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: it was.
+        """
+        if self.interruption.signal is not None:
+            self.save()
+            self.interruption.check()
+
+    def save(self, kind: str = NEW) -> None:
+        """Save the run as it is, unless that is done.
+
+        Raises:
+            RunError: it cannot be written; what was saved before is as it was.
+        """
+        now = (self.state.steps, self.state.epoch)
+        if self._saved == now:
+            return
+        started = time.monotonic()
+        name = f"{kind}-{self._number + 1:06d}"
+        try:
+            self.run.rows.synchronise()
+            self.run.exchange_rows.synchronise()
+            self.run.tracker.flush()
+            commit(self.folder, name, self._files(), self._wanted)
+        except (OSError, RunError) as error:
+            raise RunError(
+                f"cannot save step {self.state.steps} in {str(self.folder)!r}: {getattr(error, 'strerror', None) or error}; "
+                f"{self.newest}; mtl train --resume {self.run.directory} goes on from there"
+            ) from error
+        self._number += 1
+        self._saved = now
+        self._last = time.monotonic()
+        self._cost = self._last - started
+        self.seconds += self._cost
+
+    def _waited(self, seconds: float) -> bool:
+        return time.monotonic() - self._last >= max(seconds, self._cost / SHARE)
+
+    def _wanted(self, name: str) -> bool:
+        return name.startswith(KEPT) or number(name) > self._number + 1 - self.run.config.checkpoints.keep
+
+    def _files(self) -> dict[str, Content]:
+        run, state = self.run, self.state
+        model = weights_of(run.model, run.balancer)
+        description = {**run.description, "epoch": state.epoch}
+        files: dict[str, Content] = {MODEL: partial(write_weights, weights=model, description=description)}
+        if (best := state.best) is not None:
+            files[BEST] = partial(write_weights, weights=best.weights, description={**run.description, "epoch": best.epoch})
+        values, tensors = taken(run, state, state.seconds + time.monotonic() - self._began)
+        files[TRAINING] = partial(_write_tensors, tensors=tensors)
+        files[STATE] = write_strict(values)
+        return files
+
+
+def taken(run: Run, state: State, seconds: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Everything beside the weights: values for `state.json`, and tensors by name."""
+    part, best = state.partial, state.best
+    values = {
+        "format": FORMAT,
+        "epoch": state.epoch,
+        "steps": state.steps,
+        "images": state.images,
+        "training_seconds": state.training_seconds,
+        "seconds": seconds,
+        "best": None if best is None else {"epoch": best.epoch, "figures": best.figures},
+        "partial": None
+        if part is None
+        else {
+            "steps": part.steps,
+            "images": part.images,
+            "seconds": part.seconds,
+            "labels": [int(n) for n in part.labels],
+            "rates": part.rates,
+            "over": part.over,
+        },
+        "schedule": run.schedule.state_dict(),
+        "groups": group_values(run.optimizer),
+        "random": random_values(),
+        "logs": {"metrics": run.rows.size(), "exchange": run.exchange_rows.size()},
+        "order": run.feed.digest(state.epoch + 1),
+        "data": fingerprints(run),
+        "threads": torch.get_num_threads(),
+    }
+    tensors = {f"optimizer.{name}": value for name, value in optimizer_tensors(run.optimizer, names_of(run)).items()}
+    tensors |= {f"random.{name}": value for name, value in random_tensors().items()}
+    values["balancer"] = packed(run.balancer.memory(), tensors, "balancer")
+    if part is not None:
+        tensors["partial.losses"] = part.losses
+    return values, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def restore(run: Run, folder: Path) -> State:
+    """Put back what was saved in a checkpoint that is whole. The random generators are put back when training begins.
+
+    Raises:
+        RunError: it is of another network, of other data, of a later version, or not what was written.
+    """
+    values, tensors = state_of(folder), load_file(folder / TRAINING)
+    if values.get("format") != FORMAT:
+        raise RunError(f"{str(folder)!r} has format {values.get('format')!r}, and this version reads {FORMAT}")
+    try:
+        return _restored(run, folder, values, tensors)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RunError(f"{str(folder)!r} is not what this version wrote: {type(error).__name__}: {error}") from error
+
+
+def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> State:
+    found = fingerprints(run)
+    if changed := [name for name, digest in values["data"].items() if found.get(name) != digest]:
+        raise RunError(f"the data are not those that the run began with: {', '.join(changed)}; start a new run")
+    if run.feed.digest(values["epoch"] + 1) != values["order"]:
+        raise RunError("the samples of an epoch would come in another order than before; start a new run")
+    load_weights(folder / MODEL, run.model, run.balancer)
+    of = {kind: _under(kind, tensors) for kind in ("optimizer", "random", "partial")}
+    load_optimizer_tensors(run.optimizer, names_of(run), of["optimizer"])
+    load_group_values(run.optimizer, values["groups"])
+    run.balancer.recall(unpacked(values["balancer"], tensors), run.weights.device)
+    run.schedule.load_state_dict(values["schedule"])
+    run.rows.cut(values["logs"]["metrics"])
+    run.exchange_rows.cut(values["logs"]["exchange"])
+    part = values["partial"]
+    return State(
+        epoch=values["epoch"],
+        steps=values["steps"],
+        images=values["images"],
+        training_seconds=values["training_seconds"],
+        seconds=values["seconds"],
+        best=None if values["best"] is None else Best(**values["best"], weights=read_weights(folder / BEST)[0]),
+        partial=None if part is None else Partial(of["partial"]["losses"].to(run.weights.device), **part),
+        random=(values["random"], of["random"]),
+        restored=folder,
+    )
+
+
+def names_of(run: Run) -> dict[nn.Parameter, str]:
+    """Of every parameter of the network and the balancer."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    return names | {parameter: f"balancer.{name}" for name, parameter in run.balancer.named_parameters()}
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """Of each split of each dataset."""
+    if not run.fingerprints:
+        for split in Split:
+            run.fingerprints |= {f"{name}, {split}": fingerprint(part) for name, part in run.samples.get(split, {}).items()}
+    return run.fingerprints
+
+
+def _under(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except Exception as error:  # safetensors has an error type of its own for a failed write
+        raise RunError(str(error)) from error

@@ -1,0 +1,147 @@
+"""A run that was cut goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtl.auto import resolved
+from mtl.build import composed
+from mtl.checkpoints import newest, state_of
+from mtl.comparison_dir import differing
+from mtl.config import RunConfig, from_tree, override, read_tree
+from mtl.errors import ConfigError, RunError
+from mtl.hardware import usable_cores
+from mtl.keeping import restore
+from mtl.locking import Lock
+from mtl.progress import Progress, Silent
+from mtl.run import RunResult
+from mtl.rundir import note_resumed
+from mtl.trainer import fit
+
+ANY = ("data.root", "data.workers", "data.bad_files", "device", "patience", "checkpoints")
+"""Keys, and sections, that may change when a run goes on: no step depends on them, but for rounding on another device."""
+LENGTH = ("epochs", "max_steps")
+"""Keys that may change where the learning rate was not laid out over the whole run."""
+
+
+def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> RunResult:
+    """Go on with a run that was cut, from the sample after the last one that its newest whole checkpoint has seen.
+
+    On the same machine with the same versions what comes of it is, on a CPU to the last bit, what would have come of it uncut.
+
+    Args:
+        run_dir: of the run.
+        overrides: `key.sub=value`, of keys that may change: where data are and who decodes them, the device, `patience`,
+            `checkpoints`; with a constant learning rate `epochs` and `max_steps`, so that a finished run can be made longer.
+        progress: what to show meanwhile; None: nothing.
+
+    Returns:
+        Of the whole run. One that is finished already is not trained again.
+
+    Raises:
+        ConfigError: a key that may not change; all of them, with what they were.
+        RunError: no run, in use by another process, no whole checkpoint, or data that have changed.
+    """
+    directory, progress = Path(run_dir), progress or Silent()
+    if not (directory / "config.yaml").is_file():
+        raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
+    with Lock(directory) as lock:
+        tree = read_tree(directory / "config.yaml")
+        written = from_tree(tree, source=str(directory / "config.yaml"))
+        config = from_tree(override(tree, overrides), source="overrides")
+        folder, wrong = newest(directory)
+        stands = state_of(folder)
+        changes = allowed(written, config, stands, directory)
+        if (result := _result(directory)) is not None and not _longer(config, stands):
+            progress.line(f"{directory} is finished; with a constant learning rate, epochs=N makes it longer")
+            return RunResult(**result)
+        with as_many_threads(stands["threads"], progress):
+            made = composed(
+                resolved(config.replaced(init_from={})).replaced(init_from=config.init_from),
+                progress,
+                lambda config: (directory, lock),
+                stands["steps"],
+            )
+            try:
+                state = restore(made, folder)
+                note_resumed(directory, made.config)
+            except BaseException:
+                made.close()
+                raise
+            (directory / "result.json").unlink(missing_ok=True)
+            made.notes += [*wrong, *changes, f"goes on after step {state.steps}, from {folder.name}"]
+            return fit(made, state)
+
+
+def allowed(written: RunConfig, config: RunConfig, stands: dict[str, Any], directory: Path) -> list[str]:
+    """What to say of the changes of a config.
+
+    Raises:
+        ConfigError: those that would make another run of it; all of them.
+    """
+    said, wrong = [], []
+    constant = written.optim.schedule == "constant"
+    for key, (was, now) in differing(written.model_dump(mode="json"), config.model_dump(mode="json")).items():
+        change = f"{key}: {was!r} -> {now!r}"
+        if key in LENGTH and constant:
+            done = stands["epoch"] + (stands["partial"] is not None) if key == "epochs" else stands["steps"]
+            if now is not None and now < done:
+                wrong.append(f"{change}: {done} are done or begun")
+            said.append(change)
+        elif key in LENGTH:
+            wrong.append(f"{change}: the rate of optim.schedule={written.optim.schedule} is laid out over the whole run")
+        elif _may_change(key):
+            said.append(change)
+        else:
+            wrong.append(f"{change}: that would be another run; start one with mtl train (init_from takes these weights)")
+    if wrong:
+        raise ConfigError(wrong, source=f"{str(directory)!r} was begun with another config")
+    return said
+
+
+def is_of(run_dir: Path, config: RunConfig) -> bool:
+    """Whether there is a run of this config, `auto` and null in which may have become something, on whichever device."""
+    try:
+        written = from_tree(read_tree(run_dir / "config.yaml"))
+    except ConfigError:
+        return False
+    changes = differing(config.model_dump(mode="json"), written.model_dump(mode="json"))
+    return all(_may_change(key) or was in ("auto", None) for key, (was, _) in changes.items())
+
+
+def _may_change(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in ANY)
+
+
+def _longer(config: RunConfig, stands: dict[str, Any]) -> bool:
+    return bool(stands["epoch"] < config.epochs and stands["steps"] < (config.max_steps or stands["steps"] + 1))
+
+
+def _result(directory: Path) -> dict[str, Any] | None:
+    try:
+        said = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return said if isinstance(said, dict) and said.keys() == RunResult.__dataclass_fields__.keys() else None
+
+
+@contextmanager
+def as_many_threads(count: int, progress: Progress) -> Iterator[None]:
+    """As many threads as the run began with: sums over other numbers of them differ in the last bits."""
+    before = torch.get_num_threads()
+    if count != before and count > usable_cores():
+        progress.line(
+            f"the run began with {count} threads, and here are {usable_cores()} cores: results will differ by rounding"
+        )
+        count = before
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
