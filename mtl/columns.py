@@ -47,7 +47,9 @@ class SetAside:
         self.counts.update(other.counts)
         self.listed += other.listed[: LISTED - len(self.listed)]
 
-    def refuse_above(self, share: float, used: int, what: str, kinds: str | tuple[str, ...] = "", about: str = "") -> None:
+    def refuse_above(
+        self, share: float, used: int, what: str, kinds: str | tuple[str, ...] = "", about: str | tuple[str, ...] = ""
+    ) -> None:
         """Refuse data of which too much was set aside.
 
         Args:
@@ -55,7 +57,7 @@ class SetAside:
             used: how many were not.
             what: they are.
             kinds: only what is counted under something that begins so counts.
-            about: of the things listed those are shown that begin so.
+            about: of what is listed, what is shown begins so.
 
         Raises:
             DataError: more than that was, or nothing is left.
@@ -92,8 +94,13 @@ class SetAside:
             DataError: more than that cannot.
         """
         for name, count in usable.items():
-            if any(why.startswith(f"values of {name} ") for why in self.counts):
-                self.refuse_above(share, count, f"values of {name} in {str(file)!r}", f"values of {name} ", f"{name} ")
+            if (kind := unusable(name)) in self.counts:
+                self.refuse_above(share, count, f"values of {name} in {str(file)!r}", kind, (f"{name} '", f'{name} "'))
+
+
+def unusable(column: str) -> str:
+    """What values of a column that are none of its kind are counted under."""
+    return f"values of {column} that cannot be used"
 
 
 class Column(ABC):
@@ -162,6 +169,7 @@ class ClassColumn(Column):
         names: those that are allowed, in this order; None: whatever is found, sorted (by value where all are integers).
         also: other spellings -> one of the names.
         missing: what else stands for no value.
+        what: they are, for messages.
     """
 
     def __init__(
@@ -170,8 +178,10 @@ class ClassColumn(Column):
         required: bool = False,
         also: Mapping[str, str] | None = None,
         missing: Iterable[str] = (),
+        what: str = "the classes",
     ) -> None:
         super().__init__(required)
+        self._what = what
         self._open = names is None
         self._code_of = {name: i for i, name in enumerate(names or ())}
         self._also = {other: self._code_of[name] for other, name in (also or {}).items()}
@@ -186,7 +196,7 @@ class ClassColumn(Column):
         if text.lower() in self._missing:
             return None
         if not self._open:
-            raise ValueError(f"is none of the classes {', '.join(list(self._code_of)[:8])}")
+            raise ValueError(f"is none of {self._what} {', '.join(list(self._code_of)[:8])}")
         return text  # has no number before its row is used
 
     def append(self, value: int | str | None) -> None:

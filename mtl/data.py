@@ -359,7 +359,12 @@ def _check(
 
 def named(task: Task, classes: Mapping[str, tuple[str, ...]]) -> Head:
     """A task's head, for what the dataset says of its target's classes."""
-    return task.head.named(classes[task.target]) if task.target in classes else task.head
+    if task.target not in classes:
+        return task.head
+    try:
+        return task.head.named(classes[task.target])
+    except DataError as error:
+        raise DataError(f"dataset {task.dataset!r}, task {task.name!r}: {error}") from error
 
 
 def _renumbered(labels: Tensor, seen: Tensor, names: tuple[str, ...] | None, head: Head) -> Tensor:

@@ -165,8 +165,8 @@ class FromClasses(Head):
 
     def _unnamed(self) -> DataError:
         return DataError(
-            "this task takes its classes from the dataset, which names none for its target: labels of kind float are numbers, "
-            "not classes; name them in the dataset's options (classes: {target: [a, b]}), or in ArrayDataset(..., classes=...)"
+            "this task takes its classes from the dataset, which names none for this target: if it holds numbers, the task is "
+            "a regression; else name them, in the dataset's options where it has `classes`, or by ArrayDataset(classes=...)"
         )
 
 

@@ -16,6 +16,7 @@ from mtl.data import Samples, Split, named
 from mtl.duplicates import find
 from mtl.files import FileImages
 from mtl.heads import Head
+from mtl.multilabel import MultiLabel
 from mtl.progress import Progress
 
 
@@ -96,9 +97,15 @@ def _about(task: str, head: Head, splits: Mapping[Split, Samples]) -> dict[str, 
     for split, part in splits.items():
         about["labelled"][split.value] = part.labelled[task]
         target, mask = part.targets[task], part.valid[task]
-        if names is None or target.ndim != 1 or target.is_floating_point():
+        if target.ndim == 2 and isinstance(head, MultiLabel):
+            seen = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.expand_as(target)
+            labels = dict(zip(head.classes, seen.sum(0).tolist(), strict=True))
+            about.setdefault("labels", {})[split.value] = labels
+            counts, names = ((target == 1) & seen).sum(0).tolist(), tuple(head.classes)
+        elif names is None or target.ndim != 1 or target.is_floating_point():
             continue
-        counts = torch.bincount(target if mask is None else target[mask], minlength=len(names)).tolist()
+        else:
+            counts = torch.bincount(target if mask is None else target[mask], minlength=len(names)).tolist()
         about["classes"][split.value] = dict(zip(names, counts, strict=True))
         about["absent"][split.value] = [name for name, count in zip(names, counts, strict=True) if not count]
     return about

@@ -15,6 +15,7 @@ WORDS = {
     "tuple_type": "must be a list, as in [a, b]",
     "list_type": "must be a list, as in [a, b]",
     "dict_type": "must be a mapping, as in {key: value}",
+    "model_type": "must be a mapping, as in {key: value}",
 }
 """For what pydantic says in Python's words."""
 

@@ -81,6 +81,19 @@ class Regression(DataclassHead):
     def _scale(self) -> Tensor:
         return torch.tensor(self.std, dtype=torch.float32)
 
+    def named(self, classes: Sequence[str]) -> Regression:
+        """As it is, if the names are the labels themselves.
+
+        Raises:
+            DataError: they are others; the numbers of classes are no quantity.
+        """
+        if any(name != str(i) for i, name in enumerate(classes)):
+            raise DataError(
+                f"the labels of this target stand for {', '.join(classes[:5])}, ...: a regression on their numbers means "
+                "nothing; use a classification, or read the target as numbers"
+            )
+        return self
+
     def build(self, features: tuple[int, ...]) -> nn.Module:
         """(B, *features) -> (B,) or (B, K), in the target's unit."""
         assert self.mean is not None, "a head is fitted before it is built"

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
+from mtl.scores import FLOOR
 from mtl.sections import Section, Table, sections_of
 from mtl.stats import seeds_needed
 
@@ -165,7 +166,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed: {each}.")
     for dataset, counts in results.get("set_aside", {}).items():  # which results of an earlier version do not hold
         each = "; ".join(f"{count:,} {why}" for why, count in counts.items())
-        found.append(f"Of dataset {dataset} were set aside, in every arm alike: {each}; a run's set_aside.csv lists them.")
+        found.append(f"Of dataset {dataset} were set aside: {each} (the most in one run); a run's set_aside.csv lists them.")
+    scores = [cell["test"][task][about["score"]] for cell in results["cells"] for task, about in results["tasks"].items()]
+    if min(scores, default=0.0) < FLOOR:
+        found.append("Some scores are below -1: in means of tasks such a score s counts as -2 - 1/s, not to outweigh others.")
     if results["config"]["data"]["validation"] == 0:
         found.append("Without validation data: the last epoch's weights are tested.")
     return found

@@ -18,7 +18,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl.columns import Column, SetAside, TextColumn
+from mtl.columns import Column, SetAside, TextColumn, unusable
 from mtl.errors import DataError, unknown
 
 LONGEST = 1 << 16
@@ -173,7 +173,7 @@ def _take(
         except ValueError as error:
             why = str(error)
             if not column.required:
-                set_aside.add(f"{path}:{line}", f"{name} {_short(text)} {why}", f"values of {name} that cannot be used")
+                set_aside.add(f"{path}:{line}", f"{name} {_short(text)} {why}", unusable(name))
         if value is None and column.required:
             set_aside.add(f"{path}:{line}", f"{name} {_short(text)} {why}", f"rows without a usable {name}")
             return
@@ -275,16 +275,23 @@ def _opened(path: Path, encoding: str) -> TextIO:
     try:
         if not path.is_file() and path.exists():
             raise DataError(f"table {str(path)!r} is no regular file")
-        if encoding == "utf-8" and _begins_as_utf_16(path):
-            raise DataError(f"table {str(path)!r} is UTF-16: give encoding: utf-16")
-        return open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors="surrogateescape")
+        utf_8 = codecs.lookup(encoding).name == "utf-8"
+        if utf_8 and (found := _wide_encoding(path)):
+            raise DataError(f"table {str(path)!r} is {found}, not UTF-8: save it as UTF-8, or give its encoding")
+        return open(path, encoding="utf-8-sig" if utf_8 else encoding, errors="surrogateescape")
     except (OSError, LookupError) as error:
         raise DataError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _begins_as_utf_16(path: Path) -> bool:
+def _wide_encoding(path: Path) -> str | None:
+    """The encoding of a table with more than one byte for every letter, by its mark or by the zero bytes of a header."""
     with open(path, "rb") as stream:
-        return stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        begin = stream.read(8)
+    for name in ("utf-32", "utf-16"):  # the mark of the first begins with that of the second
+        marks = [getattr(codecs, f"BOM_{name.upper().replace('-', '')}_{order}") for order in ("LE", "BE")]
+        if begin.startswith(tuple(marks)):
+            return name
+    return {b"\0\0": "utf-16-le", b"": None}.get(begin[1:4:2]) or ("utf-16-be" if begin[0:3:2] == b"\0\0" else None)
 
 
 def _place(path: Path, name: str, header: Sequence[str], delimiter: str) -> int:
@@ -293,8 +300,8 @@ def _place(path: Path, name: str, header: Sequence[str], delimiter: str) -> int:
         return places[0]
     if places:
         raise DataError(f"{path}:1: the header has column {name!r} {len(places)} times; rename one")
-    other = next((sign for sign in ";\t|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
-    hint = f"; the fields look parted by {other!r}: give delimiter: {json.dumps(other)}" if other else ""
+    other = next((sign for sign in ",;\t|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+    hint = f"; its fields look parted by {json.dumps(other)}: give it, or save with {delimiter!r}" if other else ""
     raise DataError(f"{path}:1: {unknown('column', name, header)}{hint}")
 
 

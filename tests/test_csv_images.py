@@ -16,6 +16,8 @@ import mtl
 from mtl.build import load_data, make_tasks
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
+from mtl.inspection import inspect
+from mtl.progress import Silent
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200)}
@@ -189,6 +191,8 @@ def test_mistakes_in_the_options(options: dict[str, Any], message: str, root: Pa
         ({"numbers": ["colour"]}, "colour: given more than once in classes, numbers and flags"),
         ({"flags": {"weight": ["owner"]}}, "weight: given more than once"),
         ({"flags": {"traits": []}}, "flags of traits: no column"),
+        ({"flags": {"traits": ["owner", "owner"]}}, "flags: owner in traits: given twice"),
+        ({"flags": {"traits": ["colour"]}}, "flags: colour in traits: given twice"),
     ],
 )
 def test_every_target_is_one_thing(options: dict[str, Any], message: str, root: Path) -> None:
@@ -264,7 +268,7 @@ def flagged(root: Path) -> None:
     """Two columns of flags in the table: `dark` by weight, `odd` in words; one of each is empty, one `odd` is none."""
     lines = (root / "pets.csv").read_text().splitlines()
     dark = [str(int(float(line.split(",")[2]) < 5)) for line in lines[1:]]
-    odd = ["TRUE" if i % 2 else "False" for i in range(60)]
+    odd = [("TRUE", "yes", "1.0")[i % 3] if i % 2 else ("False", "NO", "0.0", "0")[i % 4] for i in range(60)]
     dark[0], odd[1], odd[2] = "", "", "perhaps"
     rows = (",".join(row) for row in zip(lines[1:], dark, odd, strict=True))
     (root / "pets.csv").write_text("\n".join([f"{lines[0]},dark,odd", *rows]) + "\n")
@@ -276,7 +280,7 @@ def test_columns_of_flags_are_one_task_of_several_labels(root: Path, in_tmp: Pat
     assert set(result.test["traits"]) == {"n", "loss", "average_precision", "accuracy", "f1_macro"}
     assert mtl.load_model("run").model.tasks[0].head.classes == ("dark", "odd")
     with open("run/set_aside.csv", newline="") as stream:
-        assert [row["why"] for row in csv.DictReader(stream)] == ["odd 'perhaps' is none of the classes 0, 1"]
+        assert [row["why"] for row in csv.DictReader(stream)] == ["odd 'perhaps' is none of what flags are: 0, 1"]
 
 
 def test_flags_are_missing_one_by_one(root: Path) -> None:
@@ -295,7 +299,28 @@ def test_a_comparison_says_what_was_set_aside(root: Path, in_tmp: Path) -> None:
     base = config(root, ("colour", "weight"), group="owner", bad=0.1)
     found = mtl.compare(base, arms=["unshared", "hard_shared"], seeds=1, out="compared")
     assert found.results["set_aside"] == {"csv_images": {"files: is not there": 1, "image files that cannot be read": 1}}
-    said = (
-        "Of dataset csv_images were set aside, in every arm alike: 1 files: is not there; 1 image files that cannot be read; "
-    )
+    said = "Of dataset csv_images were set aside: 1 files: is not there; 1 image files that cannot be read (the most "
     assert said in Path("compared/report.md").read_text()
+
+
+def test_a_column_whose_name_begins_as_another_is_counted_by_itself(root: Path) -> None:
+    lines = (root / "pets.csv").read_text().splitlines()
+    rows = [f"{line},{i % 2},{'perhaps' if i < 3 else i % 2}" for i, line in enumerate(lines[1:])]
+    (root / "pets.csv").write_text("\n".join([f"{lines[0]},big,big ears", *rows]) + "\n")
+    with pytest.raises(mtl.DataError, match=r"3 of 60 values of big ears in .*bad=0.04 .*pets.csv:2: big ears 'perhaps'"):
+        load(config(root, ("traits",), flags={"traits": ["big", "big ears"], "more": ["big ears"]}, bad=0.04))
+
+
+def test_a_regression_on_the_numbers_of_classes_is_refused(root: Path) -> None:
+    wrong = config(root).replaced(tasks=[{"name": "colour", "task": "column_number"}])
+    with pytest.raises(mtl.DataError, match=r"task 'colour': the labels of this target stand for blue, green, red"):
+        load(wrong)
+
+
+def test_flags_are_inspected_one_by_one(root: Path) -> None:
+    flagged(root)
+    about = inspect(config(root, ("traits",), flags={"traits": ["dark", "odd"]}, bad=0.1), Silent())["csv_images"]["tasks"]
+    labels, present = about["traits"]["labels"], about["traits"]["classes"]
+    assert {name: sum(of[name] for of in labels.values()) for name in ("dark", "odd")} == {"dark": 59, "odd": 58}
+    assert all(0 < present["train"][name] < labels["train"][name] for name in ("dark", "odd"))
+    assert about["traits"]["absent"]["train"] == []

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+import mtl
+from mtl.evaluation import mean_score
+from mtl.findings import mean_score as of_cell
+from mtl.scores import bounded
 from mtl.stats import delta_m, estimate, holm, permutation_p, seeds_needed, smallest_p
 
 D = [0.3, -0.1, 0.4, 0.2, 0.5]
@@ -112,3 +116,25 @@ def test_what_are_no_values(values: list[float]) -> None:
         estimate(values)
     with pytest.raises(ValueError, match="finite numbers"):
         permutation_p(values)
+
+
+def test_a_score_below_minus_one_counts_less_and_less_but_a_better_one_still_wins() -> None:
+    scores = [1.0, 0.3, 0.0, -0.5, -1.0, -1.0001, -2.0, -35.0, -270.0, -1e6]
+    counted = [bounded(score) for score in scores]
+    assert counted[:5] == scores[:5]
+    assert counted == sorted(counted, reverse=True)
+    assert len(set(counted)) == len(counted)
+    assert min(counted) > -2
+    slope = (bounded(-1 + 1e-6) - bounded(-1 - 1e-6)) / 2e-6
+    assert slope == pytest.approx(1, abs=1e-5)  # no kink where it begins
+
+
+def test_training_and_report_take_the_same_mean_of_scores() -> None:
+    tasks = tuple(mtl.Task("d", name, mtl.Regression(), name=name) for name in ("a", "b"))
+    figures = {"a": {"r2": -50.0}, "b": {"r2": 0.5}}
+    about = {name: {"score": "r2"} for name in figures}
+    in_training, in_report = mean_score(tasks, figures), of_cell({"test": figures}, about)
+    assert in_training == pytest.approx(in_report, abs=1e-7) == pytest.approx((-2 + 1 / 50 + 0.5) / 2)
+    worse = mean_score(tasks, {"a": {"r2": -270.0}, "b": {"r2": 0.5}})
+    assert worse is not None
+    assert worse < in_training

@@ -109,13 +109,13 @@ def test_whole_numbers_of_any_type_are_classes_where_their_names_are_given(tmp_p
     code = given["code"].astype(np.float64)
     code[0] = np.nan
     np.savez(tmp_path / "v.npz", **{**given, "code": code})
-    with pytest.raises(mtl.DataError, match=r"names none for its target: .*classes: \{target: \[a, b\]\}"):
+    with pytest.raises(mtl.DataError, match=r"names none for this target: .* in the dataset's options where it has `classes`"):
         load(config(tmp_path))
     parts = load(config(tmp_path, classes={"code": ["x", "y", "z"]}))
     assert parts[Split.TRAIN].classes["code"] == ("x", "y", "z")
     assert sum(known(part, "code").count(False) for part in parts.values()) == 12
     np.savez(tmp_path / "v.npz", **{**given, "code": code + 0.5})
-    with pytest.raises(mtl.DataError, match="'code': classes are given, and not all of its numbers are whole"):
+    with pytest.raises(mtl.DataError, match=r"'code': its 3 classes are 0 to 2, and not all of its numbers are"):
         load(config(tmp_path, classes={"code": ["x", "y", "z"]}))
     with pytest.raises(mtl.DataError, match="classes of cood, no target; there are code"):
         load(config(tmp_path, classes={"cood": ["x"]}))
@@ -184,3 +184,29 @@ def test_the_references_second_experiment_has_its_settings(tmp_path: Path, in_tm
         f"fc{i}": ((64, 64),) for i in (1, 2, 3)
     }
     run.close()
+
+
+@pytest.mark.parametrize("kind", ["npz", "half", "bfloat16", "integers"])
+def test_the_file_that_was_trained_on_can_be_predicted(kind: str, tmp_path: Path, in_tmp: Path) -> None:
+    """Also with another array of the same shape under a common name, and in any type that vectors are read in."""
+    given, file = arrays(), tmp_path / ("v.safetensors" if kind == "bfloat16" else "v.npz")
+    wanted = (10 * given["features"]).round()
+    of_type = {"npz": wanted, "half": wanted.astype(np.float16), "integers": wanted.astype(np.int64), "bfloat16": wanted}[kind]
+    if kind == "bfloat16":
+        tensors = {"features": torch.zeros(60, 4), "mine": torch.from_numpy(of_type).bfloat16()}
+        save_file({**tensors, "code": torch.from_numpy(given["code"])}, file)
+    else:
+        np.savez(file, features=np.zeros_like(wanted), mine=of_type, code=given["code"])
+    run = config(tmp_path, file=file.name, features="mine", targets=["code"])
+    mtl.train(run.replaced(tasks=[task for task in run.tasks if task.name == "code"]), "run")
+    said = [row["tasks"]["code"]["label"] for row in mtl.predict("run", [file]).predictions]
+    assert said == [row["tasks"]["code"]["label"] for row in mtl.predict("run", [wanted.astype(np.float32)]).predictions]
+    assert len(set(said)) > 1
+
+
+def test_a_text_that_is_no_class_is_told_by_row(tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", **arrays())
+    with pytest.raises(mtl.DataError, match=r"v.npz: 'kind': 'c' in row 2 is none of the classes a, b"):
+        load(config(tmp_path, classes={"kind": ["a", "b"]}))
+    with pytest.raises(mtl.DataError, match=r"classes of code: none; leave them out"):
+        load(config(tmp_path, classes={"code": []}))

@@ -30,8 +30,13 @@ import mtl
 
 SPLITS = {"train": 0, "val": 1, "test": 2, "valid": 1, "validation": 1}
 """What a split column may say."""
-FLAGS = {"false": "0", "False": "0", "FALSE": "0", "true": "1", "True": "1", "TRUE": "1"}
-"""What a column of flags may say in place of 0 and 1."""
+FLAGS = {
+    **{spelt: "0" for word in ("false", "no") for spelt in (word, word.capitalize(), word.upper())},
+    **{spelt: "1" for word in ("true", "yes") for spelt in (word, word.capitalize(), word.upper())},
+    "0.0": "0",
+    "1.0": "1",
+}
+"""What a column of flags may say in place of 0 and 1; with a point where a spreadsheet made numbers of them."""
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -53,7 +58,7 @@ class CsvImagesOptions(mtl.Options):
     numbers: tuple[str, ...] = ()
     """Columns that hold numbers."""
     flags: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Columns that hold 1 or 0 (or true or false), together as one multi-label target: {target: columns}."""
+    """Columns that hold 1 or 0 (or true or false, yes or no), together as one multi-label target: {target: columns}."""
     split: str | None = None
     """Column that says train, val or test; null: as `test` says."""
     test: float = Field(0.2, gt=0, lt=1)
@@ -73,6 +78,10 @@ class CsvImagesOptions(mtl.Options):
         targets = [*self.classes, *self.numbers, *self.flags]
         if twice := sorted({name for name in targets if targets.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)}: given more than once in classes, numbers and flags; each name is one target")
+        own = [*self.classes, *self.numbers]
+        for target, columns in self.flags.items():
+            if twice := sorted({name for name in columns if columns.count(name) > 1 or name in own}):
+                raise ValueError(f"flags: {', '.join(twice)} in {target}: given twice; a column is read as one thing")
         if empty := sorted(name for name, columns in self.flags.items() if not columns):
             raise ValueError(f"flags of {', '.join(empty)}: no column; give {{{empty[0]}: [a, b]}}")
         return self
@@ -151,13 +160,13 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     images = mtl.TextColumn()
     classes = {name: mtl.ClassColumn(names) for name, names in options.classes.items()}
     numbers = {name: mtl.NumberColumn() for name in options.numbers}
-    flags = {
-        target: {name: mtl.ClassColumn(("0", "1"), also=FLAGS) for name in names} for target, names in options.flags.items()
-    }
+    named = dict.fromkeys(name for of_target in options.flags.values() for name in of_target)
+    every = {name: mtl.ClassColumn(("0", "1"), also=FLAGS, what="what flags are:") for name in named}
+    flags = {target: {name: every[name] for name in names} for target, names in options.flags.items()}
     split = mtl.ClassColumn(tuple(SPLITS), required=True)
     group = mtl.ClassColumn(required=True)
     columns: list[tuple[str, mtl.Column]] = [(options.images, images), *classes.items(), *numbers.items()]
-    columns += [(name, column) for of_target in flags.values() for name, column in of_target.items()]
+    columns += every.items()
     columns += [(options.split, split)] if options.split is not None else []
     columns += [(options.group, group)] if options.group is not None else []
     lines = mtl.read_table(file, columns, set_aside, delimiter=options.delimiter, encoding=options.encoding)
@@ -173,7 +182,7 @@ def _read(root: Path, options_json: str, _: int) -> Table:
     set_aside.refuse_above(options.bad, int(kept.sum()), f"rows of {str(file)!r}", ("rows", "files"))
     usable = {name: int((column.codes >= 0).sum()) for name, column in classes.items()}
     usable |= {name: int(np.isfinite(column.values).sum()) for name, column in numbers.items()}
-    usable |= {name: int((column.codes >= 0).sum()) for of_target in flags.values() for name, column in of_target.items()}
+    usable |= {name: int((column.codes >= 0).sum()) for name, column in every.items()}
     set_aside.refuse_values_above(options.bad, file, usable)
     for column in classes.values():
         column.forget(~kept)

@@ -61,6 +61,8 @@ def vectors(split: mtl.Split, root: Path, options: VectorsOptions) -> mtl.ArrayD
         raise mtl.DataError(f"{options.file}: {options.features!r} must be (N, D); found shape {features.shape}")
     special = {options.features, options.split, options.group}
     targets = options.targets if options.targets is not None else tuple(sorted(set(arrays) - special))
+    if empty := [name for name, names in options.classes.items() if not names]:
+        raise mtl.DataError(f"{options.file}: classes of {', '.join(empty)}: none; leave them out, or name them all")
     if wrong := sorted(set(options.classes) - set(targets)):
         raise mtl.DataError(f"{options.file}: classes of {', '.join(wrong)}, no target; there are {', '.join(targets)}")
     groups = None if options.group is None else _column(arrays, options.group, len(features), options.file)
@@ -146,17 +148,20 @@ def _labels(
 ) -> tuple[NDArray[Any], NDArray[np.bool_], tuple[str, ...] | None]:
     """Labels, which of them there are, and what they stand for if they are classes."""
     if names and column.dtype.kind == "f":
-        known = np.isfinite(column)
-        if (known & (column != np.round(column))).any():
-            raise mtl.DataError(f"{what}: classes are given, and not all of its numbers are whole")
+        known = np.isfinite(column) & (column != -1)
+        if (known & ((column != np.round(column)) | (column < 0) | (column >= len(names)))).any():
+            raise mtl.DataError(f"{what}: its {len(names)} classes are 0 to {len(names) - 1}, and not all of its numbers are")
         column = np.where(known, column, -1).astype(np.int64)
     if column.dtype.kind == "f":
         known = np.isfinite(column)
         return np.where(known, column, 0).astype(np.float32), known, None
     if column.dtype.kind in "US":
         texts = mtl.ClassColumn(names)
-        for text in column.tolist():
-            texts.append(texts.parse(os.fsdecode(text)))
+        for row, text in enumerate(column.tolist()):
+            try:
+                texts.append(texts.parse(os.fsdecode(text)))
+            except ValueError as error:
+                raise mtl.DataError(f"{what}: {os.fsdecode(text)!a} in row {row} {error}") from None
         codes: NDArray[np.integer[Any]] = texts.codes
         names = texts.names
     else:
