@@ -247,7 +247,7 @@ def train_pieces(
         done = sum(finished(runs / name) is not None for name in pieces)
         progress.line(
             f"interrupted: {done} of {len(pieces)} runs are finished, in {runs}; the same command goes on with the others, and "
-            "starts anew what was under way"
+            "with what was under way, where it was saved"
         )
         raise
     return failed

@@ -193,7 +193,10 @@ def _work(tree: dict[str, Any], directory: Path, workers: int, at_once: int) -> 
     config = from_tree(tree)
     decoders = min(workers, config.data.workers) if isinstance(config.data.workers, int) else workers
     config = config.replaced(device=_device, data=config.data.model_copy(update={"workers": decoders}))
-    return _train(Job(config, directory, ""), Silent(), at_once), time.monotonic() - started
+    try:
+        return _train(Job(config, directory, ""), Silent(), at_once), time.monotonic() - started
+    except SystemExit as ended:  # saved and told to end, which the pool would take for a run that failed, and go on
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
 
 
 PATIENCE = 60.0
