@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from mtl.auto import resolved
 from mtl.build import composed
-from mtl.checkpoints import newest, state_of
+from mtl.checkpoints import FOLDER, folder_of, newest, state_of
+from mtl.commit import committed
 from mtl.comparison_dir import differing
 from mtl.config import RunConfig, from_tree, override, read_tree
 from mtl.errors import ConfigError, RunError
@@ -26,6 +28,8 @@ from mtl.trainer import fit
 
 ANY = ("data.root", "data.workers", "data.bad_files", "device", "patience", "checkpoints")
 """Keys, and sections, that may change when a run goes on: no step depends on them, but for rounding on another device."""
+LATER = ("metrics.jsonl", "result.json")
+"""What a run writes after its first checkpoint."""
 LENGTH = ("epochs", "max_steps")
 """Keys that may change where the learning rate was not laid out over the whole run."""
 
@@ -55,6 +59,8 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
         tree = read_tree(directory / "config.yaml")
         written = from_tree(tree, source=str(directory / "config.yaml"))
         config = from_tree(override(tree, overrides), source="overrides")
+        if not committed(folder_of(directory)) and not any((directory / name).exists() for name in LATER):
+            return _from_the_beginning(directory, lock, config, progress)
         folder, wrong = newest(directory)
         stands = state_of(folder)
         changes = allowed(written, config, stands, directory)
@@ -77,6 +83,18 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
             (directory / "result.json").unlink(missing_ok=True)
             made.notes += [*wrong, *changes, f"goes on after step {state.steps}, from {folder.name}"]
             return fit(made, state)
+
+
+def _from_the_beginning(directory: Path, lock: Lock, config: RunConfig, progress: Progress) -> RunResult:
+    """Train a run that was cut before its first checkpoint, and of which nothing is therefore lost."""
+    progress.line(f"{directory} was cut before its first checkpoint, and begins anew")
+    for name in ("tb", FOLDER):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / FOLDER).mkdir()
+    (directory / "exchange.jsonl").unlink(missing_ok=True)
+    made = composed(resolved(config), progress, lambda config: (directory, lock))
+    note_resumed(directory, made.config)
+    return fit(made)
 
 
 def allowed(written: RunConfig, config: RunConfig, stands: dict[str, Any], directory: Path) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,23 @@ import pytest
 import torch
 
 import mtl
+from mtl.progress import Progress
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: threads that wait spin, and cost minutes
+
+
+class Lines(Progress):
+    """Keeps the lines that stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def begin(self, title: str, steps: int) -> None: ...
+    def step(self, done: int, figures: Mapping[str, float] | None) -> None: ...
+    def line(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class TinyOptions(mtl.Options):
@@ -69,6 +85,14 @@ TINY: dict[str, Any] = {
 def tiny_config() -> dict[str, Any]:
     """The tree of a config that trains in a second; change it freely."""
     return {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run as a background job, which ignores it; and so it does what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Lines
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,7 +34,6 @@ from mtl.comparison import cells_of
 from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, tell
-from mtl.progress import Progress
 from mtl.sections import in_points
 from mtl.stats import estimate
 from mtl.task import make_task
@@ -169,19 +169,6 @@ def test_single_task_runs_take_as_many_steps_as_all_tasks_together(tiny_config: 
 # Keeping and continuing
 
 
-class Noted(Progress):
-    """Keeps lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def begin(self, title: str, steps: int) -> None: ...
-    def step(self, done: int, figures: Any) -> None: ...
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def without_times(results: dict[str, Any]) -> Any:
     """What must not depend on when and how fast it ran."""
     plain = json.loads(json.dumps(results))
@@ -194,6 +181,7 @@ def without_times(results: dict[str, Any]) -> Any:
     return plain
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +203,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
 
     real, step = jobs.train, trainer.train_step
     monkeypatch.setattr(jobs, "train", some)
-    progress = Noted()
+    progress = Lines()
     with pytest.raises(KeyboardInterrupt):
         mtl.compare(base, arms, 1, out="cut", progress=progress)
     assert progress.lines[0] == "3 runs to train"
@@ -223,7 +211,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     assert progress.lines[-1].startswith("interrupted: 2 of 4 runs are finished, in cut/runs; the same command goes on")
     kept = {path.parent.name for path in Path("cut/runs").glob("*/result.json")}
     assert len(kept) == 2
-    progress = Noted()
+    progress = Lines()
     cut = mtl.compare(base, arms, 1, out="cut", progress=progress)
     assert sorted(trained) == sorted(path.name for path in Path("cut/runs").iterdir())  # each begun once
     assert any(line.startswith("goes on after step 1, from checkpoint-") for line in progress.lines)
@@ -347,7 +335,7 @@ def test_several_jobs_at_once_give_the_same(in_tmp: Path) -> None:
         precision="fp32",
         device="cpu",
     )
-    progress = Noted()
+    progress = Lines()
     at_once = mtl.compare(config, ["unshared", "hard_shared"], 1, out="two", jobs=2, progress=progress)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -453,6 +453,7 @@ with Decoders(2) as decoders:
 """
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_when_training_is_interrupted_or_killed(folder: Path, how: signal.Signals) -> None:
     """Ctrl-C goes to the whole group of processes; SIGKILL leaves no chance to tidy up."""

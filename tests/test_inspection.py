@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Lines
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,15 +17,6 @@ from mtl import cli
 from mtl.config import RunConfig
 from mtl.inspection import inspect
 from mtl.progress import Silent
-
-
-class Shown(Silent):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
@@ -83,7 +75,7 @@ def test_counts_are_exact(planted: dict[str, Any]) -> None:
 
 
 def test_a_run_says_which_images_leak_and_an_absent_class_is_no_number(planted: dict[str, Any], in_tmp: Path) -> None:
-    shown = Shown()
+    shown = Lines()
     result = mtl.train(config(), "run", shown)
     assert any("4 test images are in train too" in line for line in shown.lines)
     assert result.test is not None

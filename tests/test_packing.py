@@ -262,12 +262,12 @@ def test_a_damaged_folder_is_packed_again(root: Path) -> None:
 
 
 def test_vectors_and_floats_are_not_packed(root: Path) -> None:
-    @mtl.register_dataset("floats", splits=("train",))
-    def floats(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+    @mtl.register_dataset("unpackable", splits=("train",))
+    def unpackable(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
         return mtl.ArrayDataset(np.zeros((4, 3), np.float32), {"x": np.arange(4)})
 
     with Decoders(0) as decoders, pytest.raises(mtl.DataError, match="only uint8 images"):
-        packing.pack("floats", None, root, root / "f", decoders, 0.0, Silent())
+        packing.pack("unpackable", None, root, root / "f", decoders, 0.0, Silent())
 
 
 def test_what_is_in_memory_can_be_packed_too(root: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Lines
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,7 +25,6 @@ from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, newest, state_of, veri
 from mtl.commit import MANIFEST, committed
 from mtl.keeping import Keeper
 from mtl.locking import Lock
-from mtl.progress import Silent
 
 
 class Cut(BaseException):
@@ -140,6 +140,7 @@ def test_a_resumed_run_equals_one_that_was_never_cut(name: str, tiny_config: dic
             assert rows(in_tmp / f"cut{steps}", "exchange.jsonl") == rows(in_tmp / "whole", "exchange.jsonl")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["step", "validation", "test", "save"])
 def test_a_signal_saves_and_ends_and_the_run_goes_on(
@@ -182,6 +183,7 @@ def sent_in(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> No
     patch.setattr(module, name, with_signal)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(tiny_config: dict[str, Any], in_tmp: Path) -> None:
     given = config(tiny_config)
 
@@ -255,17 +257,6 @@ def test_changes_that_no_step_depends_on_are_taken_and_said(
     assert json.loads((in_tmp / "cut" / "env.json").read_text())["resumed"]
 
 
-class Lines(Silent):
-    """Keeps the lines that are shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.mark.parametrize("file", [MODEL, TRAINING, STATE, MANIFEST])
 def test_damage_is_seen_and_the_checkpoint_before_is_used(file: str, tiny_config: dict[str, Any], in_tmp: Path) -> None:
     whole = mtl.train(config(tiny_config), "whole")
@@ -299,6 +290,24 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong(tiny_config:
         mtl.resume("run")
     with pytest.raises(mtl.RunError, match="'nowhere' is not a run directory"):
         mtl.resume("nowhere")
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    whole = mtl.train(config(tiny_config), "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "publish", killed)
+        with pytest.raises(Cut):
+            mtl.train(config(tiny_config), "cut")
+    shown = Lines()
+    assert mtl.resume("cut", progress=shown).test == whole.test
+    assert shown.lines[0] == "cut was cut before its first checkpoint, and begins anew"
+    assert digest(in_tmp / "cut") == digest(in_tmp / "whole")
+    assert rows(in_tmp / "cut", "exchange.jsonl") == rows(in_tmp / "whole", "exchange.jsonl")
+
+
+def killed(*_: Any) -> None:
+    """In place of what would have been done."""
+    raise Cut
 
 
 def test_weights_of_an_older_checkpoint_are_used_with_a_warning(tiny_config: dict[str, Any], in_tmp: Path) -> None:

@@ -43,7 +43,7 @@ REFUSED = {
     "a header only": ("path,kind,age\n", "no rows that can be used"),
     "a column twice": ("path,kind,age,kind\na,b,1,c\n", "t.csv:1: the header has column 'kind' 2 times"),
     "no such column": ("path,kinds,age\na,b,1\n", "t.csv:1: unknown column 'kind'"),
-    "another delimiter": (GOOD.replace(",", ";"), "parted by ';'"),
+    "another delimiter": (GOOD.replace(",", ";"), 'parted by ";"'),
     "one line of 200 kB": ("x" * 200_000 + "\n", "t.csv:1: the header cannot be read"),
 }
 
