@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.commit import committed, faults, manifest_of
-from mtl.errors import ConfigError, RunError, unknown
+from mtl.errors import ConfigError, NoCheckpointError, RunError, unknown
 from mtl.strict_json import read_strict
 
 FOLDER = "checkpoints"
@@ -49,8 +49,8 @@ def newest(run_dir: Path, files: Sequence[str] = ()) -> tuple[Path, list[str]]:
             return folder, wrong
         wrong += found
     if wrong:
-        raise RunError(f"every checkpoint of {str(run_dir)!r} is damaged: {'; '.join(wrong)}")
-    raise RunError(f"{str(run_dir)!r} holds no checkpoint")
+        raise NoCheckpointError(f"every checkpoint of {str(run_dir)!r} is damaged: {'; '.join(wrong)}")
+    raise NoCheckpointError(f"{str(run_dir)!r} holds no checkpoint")
 
 
 def weights_file(run_dir: Path, weights: str = "best") -> Path:

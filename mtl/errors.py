@@ -53,6 +53,10 @@ def listing(names: Iterable[str], limit: int = 12) -> str:
     return (shown + rest) or "(none)"
 
 
+class NoCheckpointError(RunError):
+    """A run of which no checkpoint is whole, so that it cannot be gone on with."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not among `known`, with the nearest one offered.
 

@@ -23,8 +23,9 @@ import torch
 
 from mtl.build import train
 from mtl.config import RunConfig, from_tree
-from mtl.errors import DivergedError, MTLError, RunError
+from mtl.errors import DivergedError, NoCheckpointError, RunError
 from mtl.hardware import usable_cores
+from mtl.locking import OWN, Lock
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
 from mtl.resuming import is_of, resume
@@ -117,6 +118,12 @@ def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], tally:
         MTLError: what fails for other runs as well: the config, the data, a plugin, a process that died.
     """
     left = [job for job in jobs if finished(job.directory) is None]
+    for job in jobs:
+        if job not in left and not is_of(job.directory, job.config):
+            raise RunError(
+                f"{str(job.directory)!r} is finished, and of another config than this comparison's (was it made longer?); move "
+                "it away"
+            )
     tally.begin(len(jobs) - len(left), left)
     if not left:
         return {}
@@ -139,8 +146,7 @@ def _one_by_one(left: Sequence[Job], tally: Tally) -> dict[Path, str]:
 def _train(job: Job, progress: Progress, at_once: int = 1) -> str | None:
     try:
         if not _resumed(job, progress):
-            if job.directory.exists():
-                shutil.rmtree(job.directory)  # without a result; its seed would give the same again
+            _clear(job.directory)
             train(job.config, job.directory, progress)
     except DivergedError as error:
         return str(error)
@@ -158,12 +164,26 @@ def _resumed(job: Job, progress: Progress) -> bool:
         where.append(f"data.root={json.dumps(str(data.root))}")
     try:
         resume(job.directory, [*where, f"device={job.config.device}", f"data.workers={data.workers}"], progress)
-    except DivergedError:
-        raise
-    except MTLError as error:
-        progress.line(f"{job.label or job.directory.name} cannot be gone on with, and begins anew: {error}")
+    except NoCheckpointError as error:  # whatever else fails may hold next time: what is there stays
+        progress.line(f"{job.label or job.directory.name} begins anew: {error}")
         return False
     return True
+
+
+def _clear(directory: Path) -> None:
+    """Empty what is left of a run that cannot be gone on with; its seed gives the same again.
+
+    Raises:
+        RunError: another process is writing it.
+    """
+    if not directory.exists():
+        return
+    with Lock(directory):
+        for one in directory.iterdir():
+            if one.is_dir() and not one.is_symlink():
+                shutil.rmtree(one)
+            elif one.name not in OWN:
+                one.unlink()
 
 
 _device = ""

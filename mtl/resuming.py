@@ -124,13 +124,18 @@ def allowed(written: RunConfig, config: RunConfig, stands: dict[str, Any], direc
 
 
 def is_of(run_dir: Path, config: RunConfig) -> bool:
-    """Whether there is a run of this config, `auto` and null in which may have become something, on whichever device."""
+    """Whether there is a run of this config, in which `auto` may have become something, on whichever device."""
     try:
         written = from_tree(read_tree(run_dir / "config.yaml"))
     except ConfigError:
         return False
     changes = differing(config.model_dump(mode="json"), written.model_dump(mode="json"))
-    return all(_may_change(key) or was in ("auto", None) for key, (was, _) in changes.items())
+    return all(_may_change(key) or was == "auto" or _filled_in(key) for key, (was, _) in changes.items())
+
+
+def _filled_in(key: str) -> bool:
+    """Whether a run writes something of its own there."""
+    return key == "data.input_shape" or (key.startswith("init_from.") and key.endswith((".path", ".digest")))
 
 
 def _may_change(key: str) -> bool:

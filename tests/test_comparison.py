@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mtl
-from mtl import comparison, figures, jobs, trainer
+from mtl import comparison, figures, jobs, keeping, trainer
 from mtl.ablation import WithCut
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
@@ -34,6 +36,7 @@ from mtl.comparison import cells_of
 from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, tell
+from mtl.locking import Lock
 from mtl.sections import in_points
 from mtl.stats import estimate
 from mtl.task import make_task
@@ -624,3 +627,46 @@ def test_towers_of_one_seed_start_alike_in_every_arm(base: RunConfig, in_tmp: Pa
         models[name] = model_of(piece.config, tasks, facts.shape)
     for name, value in models["single_task"].state_dict().items():
         assert all(torch.equal(model.state_dict()[name], value) for model in models.values())
+
+
+def test_what_is_saved_of_a_run_is_never_removed_for_an_error_that_may_pass(
+    base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full, or another process at work in the run, end the comparison; what was saved stays, and it goes on."""
+    whole = mtl.compare(base, ["unshared"], 1, out="whole")
+    base = base.replaced(checkpoints={"every_steps": 2})
+    step = trainer.train_step
+    left = [4]
+
+    def killed(*arguments: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", killed)
+        with pytest.raises(Killed):
+            mtl.compare(base, ["unshared"], 1, out="cut")
+    (run_dir,) = Path("cut/runs").iterdir()
+    saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "commit", no_space)
+        with pytest.raises(mtl.RunError, match=r"cannot save step 4 .* No space left on device; step 2 is saved"):
+            mtl.compare(base, ["unshared"], 1, out="cut")
+    with Lock(run_dir), pytest.raises(mtl.RunError, match="is in use by another process"):
+        mtl.compare(base, ["unshared"], 1, out="cut")
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == saved
+    cut = mtl.compare(base, ["unshared"], 1, out="cut")
+    assert [cell["test"] for cell in cut.results["cells"]] == [cell["test"] for cell in whole.results["cells"]]
+    mtl.resume(run_dir, ["epochs=5"])
+    with pytest.raises(mtl.RunError, match=r"is finished, and of another config .* made longer"):
+        mtl.compare(base, ["unshared"], 1, out="cut")
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
