@@ -30,8 +30,8 @@ ANY = ("data.root", "data.workers", "data.bad_files", "device", "patience", "che
 """Keys, and sections, that may change when a run goes on: no step depends on them, but for rounding on another device."""
 LATER = ("metrics.jsonl", "result.json")
 """What a run writes after its first checkpoint."""
-LENGTH = ("epochs", "max_steps")
-"""Keys that may change where the learning rate was not laid out over the whole run."""
+LENGTH = "epochs"
+"""The key that may change where nothing was laid out over the run: with a constant rate, no warm-up and no `max_steps`."""
 
 
 def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> RunResult:
@@ -42,7 +42,8 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
     Args:
         run_dir: of the run.
         overrides: `key.sub=value`, of keys that may change: where data are and who decodes them, the device, `patience`,
-            `checkpoints`; with a constant learning rate `epochs` and `max_steps`, so that a finished run can be made longer.
+            `checkpoints`; with a constant learning rate, no warm-up and no `max_steps` also `epochs`, so that a finished run
+            can be made longer.
         progress: what to show meanwhile; None: nothing.
 
     Returns:
@@ -104,16 +105,20 @@ def allowed(written: RunConfig, config: RunConfig, stands: dict[str, Any], direc
         ConfigError: those that would make another run of it; all of them.
     """
     said, wrong = [], []
-    constant = written.optim.schedule == "constant"
+    optim = written.optim
+    constant = optim.schedule == "constant" and not optim.warmup_epochs and written.max_steps is None
     for key, (was, now) in differing(written.model_dump(mode="json"), config.model_dump(mode="json")).items():
         change = f"{key}: {was!r} -> {now!r}"
-        if key in LENGTH and constant:
-            done = stands["epoch"] + (stands["partial"] is not None) if key == "epochs" else stands["steps"]
-            if now is not None and now < done:
+        if key == LENGTH and constant:
+            done = stands["epoch"] + (stands["partial"] is not None)
+            if now < done:
                 wrong.append(f"{change}: {done} are done or begun")
             said.append(change)
-        elif key in LENGTH:
-            wrong.append(f"{change}: the rate of optim.schedule={written.optim.schedule} is laid out over the whole run")
+        elif key == LENGTH:
+            wrong.append(
+                f"{change}: optim.schedule={optim.schedule}, optim.warmup_epochs={optim.warmup_epochs:g} and "
+                f"max_steps={written.max_steps} are laid out over the whole run"
+            )
         elif _may_change(key):
             said.append(change)
         else:

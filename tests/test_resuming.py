@@ -238,8 +238,19 @@ def test_changes_that_make_another_run_are_refused_key_by_key(
 
 def test_the_length_may_not_change_where_the_rate_is_laid_out_over_it(tiny_config: dict[str, Any], in_tmp: Path) -> None:
     mtl.train(config(tiny_config, optim={"schedule": "cosine"}), "run")
-    with pytest.raises(mtl.ConfigError, match=r"epochs: 3 -> 5: the rate of optim.schedule=cosine is laid out over the whole"):
+    with pytest.raises(mtl.ConfigError, match=r"epochs: 3 -> 5: optim.schedule=cosine, .* are laid out over the whole run"):
         mtl.resume("run", ["epochs=5"])
+
+
+@pytest.mark.parametrize("more", [{"max_steps": 4}, {"optim": {"warmup_epochs": 1}}])
+def test_the_length_may_not_change_where_something_else_depends_on_it(
+    more: dict[str, Any], tiny_config: dict[str, Any], in_tmp: Path
+) -> None:
+    mtl.train(config(tiny_config, **more), "run")
+    with pytest.raises(mtl.ConfigError, match="are laid out over the whole run"):
+        mtl.resume("run", ["epochs=5"])
+    with pytest.raises(mtl.ConfigError, match=r"max_steps: .* -> 9: that would be another run"):
+        mtl.resume("run", ["max_steps=9"])
 
 
 @pytest.mark.parametrize("overrides", [["data.workers=1"], ["checkpoints.every_steps=5"], ["patience=9"], ["data.bad_files=0"]])
