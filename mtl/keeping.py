@@ -55,8 +55,6 @@ class Keeper:
     def __init__(self, run: Run, state: State, interruption: Interruption) -> None:
         self.run, self.state, self.interruption = run, state, interruption
         self.folder = folder_of(run.directory)
-        self.seconds = 0.0
-        """Spent on saving."""
         self._last, self._cost = time.monotonic(), 0.0
         there = committed(self.folder)
         self._number = max(map(number, (folder.name for folder in there)), default=0)
@@ -121,7 +119,6 @@ class Keeper:
         self._saved = now
         self._last = time.monotonic()
         self._cost = self._last - started
-        self.seconds += self._cost
 
     def _waited(self, seconds: float) -> bool:
         return time.monotonic() - self._last >= max(seconds, self._cost / SHARE)

@@ -50,12 +50,9 @@ def cut_after(steps: int) -> Iterator[None]:
         raise AssertionError(f"no step {steps}")
 
 
-class Dropping(nn.Module):
-    """A small network with batch norm and dropout."""
-
-
 @mtl.register_backbone("dropping")
 def dropping(input_shape: tuple[int, ...]) -> nn.Module:
+    """A small network with batch norm and dropout."""
     return nn.Sequential(
         nn.Conv2d(input_shape[0], 4, 3, padding=1),
         nn.BatchNorm2d(4),
