@@ -2,21 +2,24 @@
 
     python -m benchmarks.comparisons                    # lists them, and how much of each is trained
     python -m benchmarks.comparisons shapes --jobs 2    # trains what is missing in runs/shapes, writes results/shapes.json
+    python -m benchmarks.comparisons shapes --only 8,9  # some of the seeds: joined with those on record
     python -m benchmarks.render                         # rewrites README.md from the JSON
 
-Each is one call of `mtl.compare`, and goes on where it was cut.
+Each is one call of `mtl.compare`, and goes on where it was cut. What takes longer than a machine is at hand for goes by seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mtl
+from mtl.config import from_tree
+from mtl.findings import tell
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "examples" / "configs"
@@ -109,26 +112,64 @@ EXPERIMENTS = {
 """By the name of the record."""
 
 
-def measure(name: str, jobs: int, seeds: int | None, out: Path) -> None:
-    """Train what is missing, and write the record."""
+def measure(name: str, jobs: int, only: Sequence[int] | None, out: Path) -> None:
+    """Train what is missing, and write the record: of all seeds, or of those given and those on record."""
     experiment = EXPERIMENTS[name]
     config = mtl.load_config(CONFIGS / f"{experiment.config}.yaml", experiment.overrides)
-    arms, tried = experiment.arms, {}
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if only and path.exists() else None
+    arms = experiment.arms
+    tried: dict[str, dict[str, float]] = {}
     if experiment.trials:
-        tried = tuning(config, experiment, jobs, out / "trials")
+        tried = before["tuning"] if before else tuning(config, experiment, jobs, out / "trials")
         arms = tuple(f"{arm}_tuned:sharing.kind={arm} {max(scores, key=scores.__getitem__)}" for arm, scores in tried.items())
     found = mtl.compare(
         config,
         arms,
-        seeds or experiment.seeds,
+        only or experiment.seeds,
         fractions=experiment.fractions,
         reference="unshared_tuned" if tried else None,
         out=out / "final" if tried else out,
         jobs=jobs,
         progress=mtl.for_terminal(),
     )
-    record = {**kept(found.results), "given": arms, "tuning": tried}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    record = {**kept(found.results), "given": list(arms), "tuning": tried}
+    path.write_text(json.dumps(joined(before, record) if before else record, separators=(",", ":")) + "\n")
+
+
+def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """One record of two, whose seeds differ; a seed that is in both is taken from the second.
+
+    Machines may differ, and with them the precision that `auto` stands for: arms are compared within a seed, and each seed is
+    of one machine.
+
+    Raises:
+        ValueError: they are not of the same comparison.
+    """
+    same = ("format", "tasks", "arms", "reference", "baseline", "fractions", "samples", "labelled", "given", "tuning")
+    differ = [key for key in same if before[key] != after[key]]
+    digests = [from_tree({**one["config"], "precision": "auto"}, source="record").digest() for one in (before, after)]
+    if differ or digests[0] != digests[1]:
+        what = ", ".join(differ) or f"digest of the config ({' and '.join(digests)})"
+        raise ValueError(f"the record is of another comparison, for these differ: {what}; train all seeds anew")
+    precisions = dict.fromkeys(word for one in (before, after) for word in one["config"]["precision"].split(" and "))
+    kept_seeds = [seed for seed in before["seeds"] if seed not in after["seeds"]]
+    old = [cell for cell in before["cells"] if cell["seed"] in kept_seeds]
+    places: dict[str, dict[str, Any]] = {}
+    for one in (*before["machines"], *after["machines"]):
+        place = {key: value for key, value in one.items() if key != "runs"}
+        runs = places.get(json.dumps(place), {"runs": 0})["runs"]
+        places[json.dumps(place)] = {**place, "runs": runs + one["runs"]}
+    results = {
+        **after,
+        "config": {**after["config"], "precision": " and ".join(precisions)},
+        "machines": list(places.values()),
+        "at_once": max(before["at_once"], after["at_once"]),
+        "seeds": sorted([*kept_seeds, *after["seeds"]]),
+        "cells": sorted([*old, *after["cells"]], key=lambda cell: (cell["fraction"], cell["seed"])),
+        "failed": [*(one for one in before["failed"] if one["seed"] in kept_seeds), *after["failed"]],
+    }
+    return {**results, "findings": tell(results)}
 
 
 def tuning(config: mtl.RunConfig, experiment: Experiment, jobs: int, out: Path) -> dict[str, dict[str, float]]:
@@ -155,19 +196,26 @@ def kept(results: Mapping[str, Any]) -> dict[str, Any]:
     return {**results, "cells": cells}
 
 
+def seeds_of(text: str) -> list[int]:
+    """Of an argument such as 0,1."""
+    return [int(seed) for seed in text.split(",")]
+
+
 def main() -> None:
     """Measure, or list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=EXPERIMENTS)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="(default: as recorded here)")
+    parser.add_argument(
+        "--only", type=seeds_of, help="these seeds, as in 0,1; others stay as they are on record (default: all)"
+    )
     parser.add_argument("--out", type=Path, help="(default: runs/NAME)")
     args = parser.parse_args()
     if args.name is None:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:12} {experiment.about}")
         return
-    measure(args.name, args.jobs, args.seeds, args.out or Path("runs") / args.name)
+    measure(args.name, args.jobs, args.only, args.out or Path("runs") / args.name)
 
 
 if __name__ == "__main__":

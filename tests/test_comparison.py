@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mtl
+from benchmarks import comparisons
 from mtl import comparison, figures, jobs, keeping, trainer
 from mtl.ablation import WithCut
 from mtl.arms import Arm, Setting, arms_of, member_seed
@@ -278,6 +279,31 @@ def test_a_plan_says_what_would_be_trained_and_leaves_nothing(base: RunConfig, i
     assert not Path("one").exists()
     mtl.compare(base, ["unshared"], 1, out="one")
     assert comparison.plan(base, ["unshared"], 2, out="one")["finished"] == 1
+
+
+def test_records_of_different_seeds_are_joined(base: RunConfig, in_tmp: Path) -> None:
+    def record(seeds: Sequence[int]) -> dict[str, Any]:
+        found = mtl.compare(base, ["unshared", "hard_shared"], seeds, out=f"of{len(seeds)}{seeds[0]}")
+        return {**comparisons.kept(found.results), "given": ["unshared", "hard_shared"], "tuning": {}}
+
+    together, first, then = record([0, 1, 2]), record([0]), record([1, 2])
+    for joined in (comparisons.joined(first, then), comparisons.joined(then, first)):
+        assert [(cell["seed"], cell["arm"], cell["test"]) for cell in joined["cells"]] == [
+            (cell["seed"], cell["arm"], cell["test"]) for cell in together["cells"]
+        ]
+        assert joined["seeds"] == [0, 1, 2]
+        assert joined["machines"] == together["machines"]
+        assert without_times(joined)["findings"] == without_times(together)["findings"]
+    again = comparisons.joined(together, then)
+    assert again["seeds"] == [0, 1, 2]
+    assert len(again["cells"]) == 6
+    with pytest.raises(ValueError, match="of another comparison, for these differ: reference"):
+        comparisons.joined({**first, "reference": "hard_shared"}, then)
+    with pytest.raises(ValueError, match=r"digest of the config \([0-9a-f]{12} and"):
+        comparisons.joined({**first, "config": {**first["config"], "epochs": 7}}, then)
+    there = {**first, "config": {**first["config"], "precision": "bf16"}}
+    twice = comparisons.joined(comparisons.joined(there, then), {**there, "seeds": [3], "cells": []})
+    assert twice["config"]["precision"] == "bf16 and fp32"
 
 
 def test_seeds_and_arms_can_be_added(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
