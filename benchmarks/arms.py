@@ -38,7 +38,7 @@ from mtl.config import RunConfig
 from mtl.execution import OneByOne
 from mtl.hardware import memory_kept, usable_cores
 from mtl.run import Run
-from mtl.trainer import train_step
+from mtl.step import train_step
 
 SETTLE = 4
 """Steps at the begin of every turn that are not timed: caches warm up, and what a loader fetched ahead is used up."""

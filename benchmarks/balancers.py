@@ -20,7 +20,7 @@ from mtl.build import run
 from mtl.config import RunConfig
 from mtl.hardware import device_name
 from mtl.run import Run
-from mtl.trainer import train_step
+from mtl.step import train_step
 
 WARM_UP = 3
 

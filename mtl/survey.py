@@ -19,8 +19,8 @@ from mtl.build import in_one_shape, input_shape, load_data, make_decoders, make_
 from mtl.config import RunConfig
 from mtl.data import Samples, Split, fit_heads
 from mtl.model import MultiTaskModel
+from mtl.step import train_step
 from mtl.task import Task
-from mtl.trainer import train_step
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ from mtl.checkpoints import weights_file
 from mtl.config import RunConfig
 from mtl.registry import BALANCERS
 from mtl.run import Run, State
+from mtl.step import expected_labels, losses_again, task_losses, train_step
 from mtl.torchjd_balancers import METHODS, Aggregation, LossCombination, NNLSProjector, first_sentences
-from mtl.trainer import expected_labels, fit, losses_again, task_losses, train_epoch, train_step
+from mtl.trainer import fit, train_epoch
 from mtl.weights import load_weights, weights_of, write_weights
 
 THREE = ["tiny_a", {"name": "tiny_b", "weight": 2.0}, "tiny_c"]

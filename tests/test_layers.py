@@ -102,6 +102,7 @@ RANK = {
     "auto": 8,
     "run": 8,
     "logs": 9,
+    "step": 9,
     "trainer": 10,
     "build": 11,
     "conformance": 12,

@@ -24,7 +24,8 @@ from mtl.config import RunConfig
 from mtl.data import Split
 from mtl.evaluation import summed_loss
 from mtl.run import Run, State
-from mtl.trainer import expected_labels, fit, train_step
+from mtl.step import expected_labels, train_step
+from mtl.trainer import fit
 
 SHARINGS: list[Any] = [
     "unshared",

@@ -18,7 +18,7 @@ from mtl.evaluation import summed_loss
 from mtl.inspection import inspect
 from mtl.progress import Silent
 from mtl.run import Run
-from mtl.trainer import train_step
+from mtl.step import train_step
 from tests.endurance.rows import Cases, row
 
 N = 100

@@ -1,0 +1,89 @@
+"""`train_step`, which is one optimizer update: what the tasks' losses are, and how they become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mtl.batches import Batch, Step
+from mtl.evaluation import summed_loss
+from mtl.model import Outputs
+from mtl.optim import lay_out_gradients
+from mtl.run import Run
+
+
+def train_step(run: Run, step: Step) -> Tensor:
+    """One optimizer update from micro-batches of one batch per dataset.
+
+    A task's loss is the sum over its labelled samples, divided by the number it would expect in a step of this size: its
+    dataset's samples in the step times the share of training samples that carry its label. With every sample labelled that
+    is the mean; with rare labels it is steady, and micro-batches add up to exactly the whole.
+
+    Returns:
+        (T + 1,), detached, on the device: the unweighted loss of each task, and the objective that was differentiated.
+    """
+    expected = expected_labels(run, step)
+    total = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
+    for batches in step:
+        features, losses = task_losses(run, run.model, batches, expected)
+        weighted = [loss * weight for loss, weight in zip(losses, run.weights, strict=True)]
+        objective = run.balancer.backward(weighted, features, run.shared_parameters)
+        total += torch.stack([*losses, objective.reshape(())]).detach()
+    run.l2.add_gradients()
+    if run.config.optim.clip_norm is not None:
+        nn.utils.clip_grad_norm_(run.parameters, run.config.optim.clip_norm)
+    lay_out_gradients(run.parameters)
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.balancer.after_step(partial(losses_again, run, step))
+    return total
+
+
+def task_losses(
+    run: Run, forward: Callable[[dict[str, Tensor]], Outputs], batches: list[Batch], expected: list[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the heads consumed, and the unweighted loss of each task, a scalar over `expected` labels, for one micro-batch."""
+    of = {batch.dataset: batch for batch in batches}
+    with run.autocast():
+        features, outputs = forward({name: batch.images for name, batch in of.items()})
+    tasks = zip(run.model.tasks, expected, strict=True)
+    return list(features.values()), [summed_loss(task, outputs[task.name], of[task.dataset]) / n for task, n in tasks]
+
+
+@torch.no_grad()
+def losses_again(run: Run, step: Step) -> Tensor:
+    """(T,): the weighted losses of a step under the parameters as they are now, in training mode. Batch norm takes no note of
+    the pass; dropout draws anew.
+    """
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+
+    def forward(images: dict[str, Tensor]) -> Outputs:
+        return functional_call(run.model, buffers, (images,))  # type: ignore[no-any-return]
+
+    expected = expected_labels(run, step)
+    losses = [torch.stack(task_losses(run, forward, batches, expected)[1]) for batches in step]
+    return run.weights * torch.stack(losses).sum(0)
+
+
+def expected_labels(run: Run, step: Step) -> list[float]:
+    """Per task: samples of its dataset in this step times the share of training samples that carry its label."""
+    size: dict[str, int] = {}
+    for batches in step:
+        for batch in batches:
+            size[batch.dataset] = size.get(batch.dataset, 0) + len(batch)
+    return [size[t.dataset] * run.feed.samples[t.dataset].shares[t.name] for t in run.model.tasks]
+
+
+def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
+    """Per task: how many labels this step holds; on the device where some are missing."""
+    counts: list[int | Tensor] = [0] * len(run.model.tasks)
+    for batches in step:
+        of = {batch.dataset: batch for batch in batches}
+        for i, task in enumerate(run.model.tasks):
+            counts[i] = counts[i] + of[task.dataset].labels(task.name)
+    return counts
