@@ -25,6 +25,9 @@ class Balancer(nn.Module, ABC):
 
     additive: ClassVar[bool] = False
     """Whether gradients of micro-batches add up to those of the whole; where not, `optim.accumulate` above 1 is refused."""
+    needs_finite: ClassVar[bool] = True
+    """Whether losses and gradients that are not finite would make it fail, or stay in what it remembers. Then it is shown none,
+    for which the host waits for a GPU at every step."""
 
     @abstractmethod
     def backward(
@@ -90,6 +93,7 @@ class Sum(Scalarization):
     """
 
     additive = True
+    needs_finite = False
 
     def combine(self, losses: Tensor) -> Tensor:
         """sum_t losses[t]"""
@@ -102,6 +106,8 @@ class UncertaintyWeighting(Scalarization):
     sum_t exp(-s_t) L_t + s_t / 2, s_t learned from 0. That is the paper's form for classification; its regression form has
     exp(-s_t) / 2, a constant factor that s_t absorbs.
     """
+
+    needs_finite = False
 
     def __init__(self, tasks: int) -> None:
         super().__init__()
@@ -117,6 +123,8 @@ class RandomWeighting(Scalarization):
 
     Differs from the paper by the factor T, so that the expected objective is the plain sum and a learning rate carries over.
     """
+
+    needs_finite = False
 
     def combine(self, losses: Tensor) -> Tensor:
         """T sum_t softmax(z)_t losses[t]"""

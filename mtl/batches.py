@@ -58,12 +58,16 @@ class Augment(Options):
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples of one dataset: images (B, ...) in their own dtype, targets and masks of its tasks."""
+    """Some samples of one dataset: images (B, ...) in their own dtype, targets and masks of its tasks.
+
+    `index` (B,) are their numbers in the split, where somebody may ask for them: in training.
+    """
 
     dataset: str
     images: Tensor
     targets: Mapping[str, Tensor]
     valid: Mapping[str, Tensor | None]
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -225,7 +229,7 @@ def _batch(part: Samples, index: Tensor | slice, images: Tensor, unread: list[in
     valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
     if unread:
         valid = {task: _without(mask, targets[task], unread) for task, mask in valid.items()}
-    return Batch(part.dataset, images, targets, valid)
+    return Batch(part.dataset, images, targets, valid, index if isinstance(index, Tensor) else None)
 
 
 def _without(mask: Tensor | None, target: Tensor, positions: list[int]) -> Tensor:

@@ -105,6 +105,7 @@ class Keeper:
             return
         started = time.monotonic()
         name = f"{kind}-{self._number + 1:06d}"
+        self.run.guard.settle()
         try:
             self.run.rows.synchronise()
             self.run.exchange_rows.synchronise()
@@ -156,10 +157,12 @@ def taken(run: Run, state: State, seconds: float) -> tuple[dict[str, Any], dict[
             "steps": part.steps,
             "images": part.images,
             "seconds": part.seconds,
+            "left_out": int(part.left_out),
             "labels": [int(n) for n in part.labels],
             "rates": part.rates,
             "over": part.over,
         },
+        "guard": run.guard.memory(),
         "schedule": run.schedule.state_dict(),
         "groups": group_values(run.optimizer),
         "random": random_values(),
@@ -203,6 +206,8 @@ def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str,
     load_group_values(run.optimizer, values["groups"])
     run.balancer.recall(unpacked(values["balancer"], tensors), run.weights.device)
     run.schedule.load_state_dict(values["schedule"])
+    if "guard" in values:  # not in the first checkpoints of this format
+        run.guard.recall(values["guard"])
     run.rows.cut(values["logs"]["metrics"])
     run.exchange_rows.cut(values["logs"]["exchange"])
     part = values["partial"]

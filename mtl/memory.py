@@ -7,6 +7,7 @@ an optimizer, or a list, tuple or dictionary of these; others (functions, say) a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,12 +46,12 @@ def recall(module: nn.Module, memory: dict[str, dict[str, Any]], device: torch.d
         for key, value in kept.items():
             if isinstance(value, dict) and value.keys() == {"optimizer", "state"}:
                 made = getattr(torch.optim, value["optimizer"])(list(part.parameters(recurse=False)))
-                made.load_state_dict(_moved(value["state"], device))
+                made.load_state_dict(moved(value["state"], device))
                 value = made
             elif key in part._non_persistent_buffers_set:
-                part._buffers[key] = _moved(value, device)
+                part._buffers[key] = moved(value, device)
                 continue
-            setattr(part, key, _moved(value, device))
+            setattr(part, key, moved(value, device))
 
 
 def _is_kept(value: Any) -> bool:
@@ -63,13 +64,23 @@ def _is_kept(value: Any) -> bool:
     )
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """The same, its tensors on a device."""
+    return _with_tensors(value, lambda tensor: tensor.to(device))
+
+
+def copied(value: Any) -> Any:
+    """The same, its tensors copies."""
+    return _with_tensors(value, lambda tensor: tensor.detach().clone())
+
+
+def _with_tensors(value: Any, become: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return become(value)
     if isinstance(value, list | tuple):
-        return type(value)(_moved(one, device) for one in value)
+        return type(value)(_with_tensors(one, become) for one in value)
     if isinstance(value, dict):
-        return {key: _moved(one, device) for key, one in value.items()}
+        return {key: _with_tensors(one, become) for key, one in value.items()}
     return value
 
 

@@ -157,8 +157,8 @@ class L2:
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Add l2 * w to the gradient, for weights that have a gradient."""
-        if self.l2:
-            pairs = [(w.grad, w) for w in self.weights if w.grad is not None]
+        pairs = [(w.grad, w) for w in self.weights if w.grad is not None]
+        if self.l2 and pairs:
             torch._foreach_add_([gradient for gradient, _ in pairs], [w for _, w in pairs], alpha=self.l2)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,9 @@ def _result(directory: Path) -> dict[str, Any] | None:
         said = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return said if isinstance(said, dict) and said.keys() == RunResult.__dataclass_fields__.keys() else None
+    known = {field.name: field.default is MISSING for field in fields(RunResult)}
+    whole = isinstance(said, dict) and said.keys() <= known.keys() and all(name in said for name, must in known.items() if must)
+    return said if whole else None
 
 
 @contextmanager

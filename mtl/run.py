@@ -19,6 +19,7 @@ from mtl.batches import Feed
 from mtl.config import RunConfig
 from mtl.data import Samples, Split
 from mtl.decoding import Decoders
+from mtl.guard import Guard
 from mtl.locking import Lock
 from mtl.model import MultiTaskModel
 from mtl.optim import L2
@@ -53,6 +54,7 @@ class Run:
     shared_parameters: list[nn.Parameter] = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
     weights: Tensor = field(init=False)
+    guard: Guard = field(init=False)
     aside: Aside = field(init=False)
     description: dict[str, Any] = field(init=False)
     """What a reader of weights needs beside them: tasks in order, with dataset, target and head, and what the network takes."""
@@ -65,6 +67,7 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.weights = torch.tensor([task.weight for task in self.model.tasks], device=device)
+        self.guard = Guard(self.model, self.balancer, self.optimizer, self.schedule, self.weights)
         tasks = [{"name": t.name, "dataset": t.dataset, "target": t.target, **t.head.describe()} for t in self.model.tasks]
         images = next(iter(self.samples[Split.TRAIN].values())).images
         taken = {"shape": list(images.shape[1:]), "dtype": str(images.dtype).removeprefix("torch.")}
@@ -80,17 +83,25 @@ class Run:
 @dataclass
 class Partial:
     """What has been trained of an epoch: steps, images, seconds, the losses of each task and of the objective, (T + 1,), summed
-    over the images, labels by task, and the learning rates of the last step.
+    over the images, labels by task, and the learning rates of the last step. `left_out` are the images of steps that were left
+    out, which are in no loss and no label.
     """
 
     losses: Tensor
     labels: list[int | Tensor]
     steps: int = 0
     images: int = 0
+    left_out: int | Tensor = 0
     seconds: float = 0.0
     rates: dict[str, float] = field(default_factory=dict)
     over: bool = False
     """All of it is trained, and the balancer knows; it may not be validated yet."""
+
+    @property
+    def means(self) -> list[float]:
+        """Of the losses so far, over the images of the steps that were taken; not numbers where none was."""
+        means: list[float] = (self.losses / (self.images - self.left_out)).tolist()
+        return means
 
 
 @dataclass
@@ -134,7 +145,7 @@ class RunResult:
     `seconds` are those of training, validation and test; `warm_up_seconds`, of compiling, came before them, and
     `training_seconds` are those of optimizer steps alone. `peak_memory_bytes` is the most that the run held: of the GPU's
     memory, or of this process's (resident, libraries included); None where the system does not tell. `set_aside` is
-    {dataset: {why: how many}} of what was not used.
+    {dataset: {why: how many}} of what was not used; `steps_left_out`, of `steps`, had a loss or a gradient that is not finite.
     """
 
     run_dir: str
@@ -158,3 +169,4 @@ class RunResult:
     compile: str
     config_digest: str
     set_aside: dict[str, dict[str, int]]
+    steps_left_out: int = 0

@@ -23,24 +23,30 @@ def train_step(run: Run, step: Step) -> Tensor:
     dataset's samples in the step times the share of training samples that carry its label. With every sample labelled that
     is the mean; with rare labels it is steady, and micro-batches add up to exactly the whole.
 
+    A step with a loss or a gradient that is not finite leaves everything as it was; `run.guard` knows, and keeps count.
+
     Returns:
         (T + 1,), detached, on the device: the unweighted loss of each task, and the objective that was differentiated.
     """
     expected = expected_labels(run, step)
     total = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
+    run.guard.begin()
     for batches in step:
         features, losses = task_losses(run, run.model, batches, expected)
         weighted = [loss * weight for loss, weight in zip(losses, run.weights, strict=True)]
-        objective = run.balancer.backward(weighted, features, run.shared_parameters)
+        if run.guard.admits(weighted):
+            objective = run.balancer.backward(weighted, features, run.shared_parameters)
+        else:
+            objective = weighted[0].new_full((), float("nan"))
         total += torch.stack([*losses, objective.reshape(())]).detach()
     run.l2.add_gradients()
     if run.config.optim.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.parameters, run.config.optim.clip_norm)
     lay_out_gradients(run.parameters)
-    run.optimizer.step()
-    run.schedule.step()
+    taken = run.guard.update(total, step)
     run.optimizer.zero_grad(set_to_none=True)
-    run.balancer.after_step(partial(losses_again, run, step))
+    if taken:
+        run.balancer.after_step(partial(losses_again, run, step))
     return total
 
 

@@ -133,6 +133,12 @@ class Aggregation(Balancer):
             )
         mtl_backward(losses, features=branches, parallel_chunk_size=1)  # one task at a time: no vmap, less memory
         reached = [p for p in shared_parameters if hasattr(p, "jac")]
+        largest = torch.stack(torch._foreach_norm([p.jac for p in reached], float("inf")))
+        if not bool(largest.isfinite().all()):  # the methods fail on it, each in its own way; such a step is left out
+            for p in reached:
+                del p.jac
+                p.grad = torch.full_like(p, float("nan"))
+            return torch.stack([loss.detach() for loss in losses]).sum()
         try:
             # T x T products parameter by parameter, where that is all a method asks for: a long matrix less to hold
             if isinstance(self.method, GramianWeightedAggregator):

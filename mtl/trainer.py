@@ -17,9 +17,11 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from mtl.blame import blame
 from mtl.data import Split
 from mtl.errors import DivergedError
 from mtl.evaluation import TaskFigures, evaluate, mean_score
+from mtl.guard import EXPLODED, IN_A_ROW
 from mtl.hardware import forget_peak_memory, memory_kept, peak_memory
 from mtl.interruption import Interruption
 from mtl.keeping import Keeper
@@ -91,6 +93,7 @@ def fit(run: Run, state: State | None = None) -> RunResult:
         compile=config.compile,
         config_digest=config.digest(),
         set_aside=run.aside.counts(),
+        steps_left_out=run.guard.skipped,
     )
     write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
     return result
@@ -119,7 +122,16 @@ def finished(run: Run, state: State) -> bool:
 def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:
     """One epoch: train, validate, log, keep the weights."""
     names = [task.name for task in run.model.tasks]
-    trained = train_epoch(run, state, keeper.between_steps)
+    before = run.guard.skipped
+
+    def between() -> None:
+        watch(run, state, keeper, before)
+        keeper.between_steps()
+
+    trained = train_epoch(run, state, between)
+    watch(run, state, keeper, before)
+    if (left_out := run.guard.skipped - before) > 1:
+        run.progress.line(f"epoch {state.epoch + 1}: {left_out} steps were left out, for a loss or a gradient was not finite")
     check_finite(state, keeper, dict(zip(names, trained.losses, strict=False)))
     figures, score = score_split(run, Split.VAL, keeper.stop_if_asked)
     check_finite(state, keeper, {name: of_task["loss"] for name, of_task in figures.items()})
@@ -135,6 +147,34 @@ def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:
     run.progress.line(summary_line(run, state.epoch, trained, figures, score))
     tell_aside(run)
     keeper.after_epoch()
+
+
+def watch(run: Run, state: State, keeper: Keeper, before: int) -> None:
+    """Tell of the first step that an epoch leaves out, and who it was; stop where they do not end.
+
+    Args:
+        run, state, keeper: of the training.
+        before: steps left out before the epoch.
+
+    Raises:
+        DivergedError: too many in a row were left out, or all of an epoch, or a task's loss leaves nothing of the others', by
+            name.
+    """
+    guard, part = run.guard, state.partial
+    none_taken = part is not None and part.over and int(part.left_out) == part.images
+    if guard.last is not None and (guard.in_a_row >= IN_A_ROW or none_taken):
+        raise DivergedError(
+            f"{guard.in_a_row} steps in a row were left out, up to step {state.steps} in epoch {state.epoch + 1}: "
+            f"{blame(run, guard.last)}; {keeper.newest}; try a lower optim.lr, or optim.clip_norm"
+        )
+    if (left_out := guard.news()) is not None and guard.skipped == before + 1:
+        run.progress.line(f"step {state.steps} was left out: {blame(run, left_out)}")
+    if exploding := [task.name for task, n in zip(run.model.tasks, guard.exploding, strict=True) if n >= IN_A_ROW]:
+        raise DivergedError(
+            f"the loss of {', '.join(exploding)} has been over {EXPLODED:.0e} times that of any other task for {IN_A_ROW} "
+            f"steps, up to step {state.steps}, so that nothing is left of theirs in a sum; {keeper.newest}; scale its labels "
+            "or its loss, give it a lower weight, or try a lower optim.lr"
+        )
 
 
 def nothing() -> None:
@@ -159,15 +199,17 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
     for step in itertools.islice(run.feed.epoch(state.epoch + 1, part.steps), most):
         part.rates = {group["name"]: float(group["lr"]) for group in run.optimizer.param_groups}
         size = sum(len(batch) for batches in step for batch in batches)
-        part.losses += size * train_step(run, step)
-        part.labels = [a + b for a, b in zip(part.labels, seen_labels(run, step), strict=True)]
+        of_step = train_step(run, step)
+        counted = run.guard.counted
+        part.losses += size * torch.where(torch.as_tensor(counted > 0), of_step, 0.0)
+        part.labels = [a + counted * b for a, b in zip(part.labels, seen_labels(run, step), strict=True)]
+        part.left_out = part.left_out + size * (1 - counted)
         part.images += size
         part.steps += 1
         state.steps += 1
         live = None
         if run.progress.due():
-            means = (part.losses / part.images).tolist()
-            live = {task.name: value for task, value in zip(run.model.tasks, means, strict=False)}
+            live = {task.name: value for task, value in zip(run.model.tasks, part.means, strict=False)}
             live["images/s"] = part.images / (part.seconds + time.monotonic() - since)
             run.progress.shown()
         run.progress.step(part.steps, live)
@@ -177,7 +219,8 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
     if not part.over:
         run.balancer.after_epoch()
         part.over = True
-    losses = (part.losses / part.images).tolist()
+    run.guard.settle()
+    losses = part.means
     part.seconds += time.monotonic() - since  # until the device has done what it was given
     return Trained(part.images, part.seconds, losses, [int(n) for n in part.labels], part.rates)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.endurance import images, labels, tables  # noqa: F401  they register their rows
+from tests.endurance import guards, images, labels, tables  # noqa: F401  they register their rows
 from tests.endurance.rows import ROWS, line
 
 
