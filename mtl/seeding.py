@@ -7,9 +7,11 @@ therefore start a tower of the same task from the same weights and see the same 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,15 +36,23 @@ def permutation(n: int, seed: int, *names: str | int) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
-    """Run a block under its own global torch random state, then restore the caller's.
+    """Run a block under its own global random state of torch, Python and NumPy, then restore the caller's.
 
-    Third-party layers (initialisation, dropout, stochastic depth) draw from torch's global generators and take no
-    argument, so this is how their randomness is made one.
+    Third-party layers (initialisation, dropout, stochastic depth) draw from torch's global generators, other plugins from
+    Python's and NumPy's, and take no argument, so this is how their randomness is made one.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(derive_seed(seed, *names))
-        yield
+        own = derive_seed(seed, *names)
+        torch.manual_seed(own)
+        random.seed(own)
+        np.random.seed(own & _MASK32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def hash_uniform(index: Tensor, seed: int, *names: str | int) -> Tensor:
