@@ -1,10 +1,14 @@
-"""Ctrl-C and SIGTERM, held back until training can stop without losing anything."""
+"""Ctrl-C and SIGTERM, held back until training can stop without losing anything.
+
+None is lost: one that comes after the last look at it is raised at the end of the block. Where an error ends the block, that
+error stands for both.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM)
@@ -28,9 +32,11 @@ class Interruption:
                     signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        if error is None:
+            self.check()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, signal.Signals(number)

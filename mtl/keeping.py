@@ -8,6 +8,8 @@ back to the last bit.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,20 +108,30 @@ class Keeper:
         started = time.monotonic()
         name = f"{kind}-{self._number + 1:06d}"
         self.run.guard.settle()
-        try:
+        with self.writing(f"save step {self.state.steps}", self.folder):
             self.run.rows.synchronise()
             self.run.exchange_rows.synchronise()
             self.run.tracker.flush()
             commit(self.folder, name, self._files(), self._wanted)
-        except (OSError, RunError) as error:
-            raise RunError(
-                f"cannot save step {self.state.steps} in {str(self.folder)!r}: {getattr(error, 'strerror', None) or error}; "
-                f"{self.newest}; mtl train --resume {self.run.directory} goes on from there"
-            ) from error
         self._number += 1
         self._saved = now
         self._last = time.monotonic()
         self._cost = self._last - started
+
+    @contextmanager
+    def writing(self, what: str, folder: Path) -> Iterator[None]:
+        """Say, of what cannot be written to a folder, what is saved.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            yield
+        except (OSError, RunError) as error:
+            raise RunError(
+                f"cannot {what} in {str(folder)!r}: {getattr(error, 'strerror', None) or error}; "
+                f"{self.newest}; mtl train --resume {self.run.directory} goes on from there"
+            ) from error
 
     def _waited(self, seconds: float) -> bool:
         return time.monotonic() - self._last >= max(seconds, self._cost / SHARE)

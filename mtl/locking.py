@@ -45,8 +45,10 @@ class Lock:
     def close(self) -> None:
         """Let go of it."""
         if self._lock.is_locked:
-            (self._directory / HOLDER).unlink(missing_ok=True)
-            self._lock.release()
+            try:
+                (self._directory / HOLDER).unlink(missing_ok=True)
+            finally:
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,13 @@ class Run:
         self.description = {"tasks": tasks, "input": taken}
 
     def close(self) -> None:
-        """End what runs beside the training: the processes that decode, and the writer of logs; let go of the directory."""
-        self.decoders.close()
-        self.tracker.close()
-        self.lock.close()
+        """End what runs beside the training: the processes that decode, and the writer of logs; let go of the directory.
+        Whatever of it fails, or is interrupted, the rest is done.
+        """
+        with ExitStack() as last:
+            last.callback(self.lock.close)
+            last.callback(self.tracker.close)
+            self.decoders.close()
 
 
 @dataclass

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,11 @@ def fit(run: Run, state: State | None = None) -> RunResult:
 
     Raises:
         DivergedError: a loss is no longer finite. What was saved stays, as it does after Ctrl-C.
-        RunError: it cannot be saved.
+        RunError: it cannot be saved, or its logs cannot be written.
     """
     config, started = run.config, time.monotonic()
     state = state or State()
-    device = torch.device(config.device)
-    forget_peak_memory(device)
+    forget_peak_memory(torch.device(config.device))
     with (
         run.progress,
         closing(run),
@@ -71,19 +71,29 @@ def fit(run: Run, state: State | None = None) -> RunResult:
             run.progress.line(f"interrupted in epoch {state.epoch + 1}; {keeper.newest}: mtl train --resume {run.directory}")
             raise
         tell_aside(run)
-    result = RunResult(
+        result = result_of(run, state, time.monotonic() - started, {**test, "score": score} if test else None)
+        with keeper.writing("write result.json", run.directory):
+            write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
+    return result
+
+
+def result_of(run: Run, state: State, seconds: float, test: dict[str, Any] | None) -> RunResult:
+    """What a run that is over came to, in its last process by so many seconds of training and test, with these test figures."""
+    config = run.config
+    assert state.best is not None
+    return RunResult(
         run_dir=str(run.directory),
         epochs=state.epoch,
         best_epoch=state.best.epoch,
-        seconds=round(state.seconds + time.monotonic() - started, 3),
+        seconds=round(state.seconds + seconds, 3),
         images_per_second=round(state.images / state.training_seconds, 1),
         warm_up_seconds=round(run.warm_up_seconds, 3),
         training_seconds=round(state.training_seconds, 3),
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=peak_memory(torch.device(config.device)),
         parameters=run.model.parameter_count(),
         parameters_frozen=sum(p.numel() for p in run.model.parameters() if not p.requires_grad),
         val=state.best.figures,
-        test={**test, "score": score} if test else None,
+        test=test,
         sharing=config.sharing.kind,
         seed=config.seed,
         steps=state.steps,
@@ -95,8 +105,6 @@ def fit(run: Run, state: State | None = None) -> RunResult:
         set_aside=run.aside.counts(),
         steps_left_out=run.guard.skipped,
     )
-    write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
-    return result
 
 
 def begin(run: Run, state: State, keeper: Keeper) -> None:
@@ -105,7 +113,8 @@ def begin(run: Run, state: State, keeper: Keeper) -> None:
         load_random(*state.random)
         state.random = None
     elif not state.steps:
-        log_exchange(run, state, pictures=True)
+        with keeper.writing("log the beginning", run.directory):
+            log_exchange(run, state, pictures=True)
         keeper.save()
 
 
@@ -142,8 +151,9 @@ def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:
     if state.best is None or score is None or score > state.best.score:  # without validation data the last epoch is the choice
         weights = {name: one.clone() for name, one in weights_of(run.model, run.balancer).items()}
         state.best = Best(state.epoch, None if score is None else {**figures, "score": score}, weights)
-    log_epoch(run, state, trained, figures, score)
-    log_exchange(run, state, pictures=state.epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
+    with keeper.writing(f"log epoch {state.epoch}", run.directory):
+        log_epoch(run, state, trained, figures, score)
+        log_exchange(run, state, pictures=state.epoch % math.ceil(run.config.epochs / PICTURES) == 0 or finished(run, state))
     run.progress.line(summary_line(run, state.epoch, trained, figures, score))
     tell_aside(run)
     keeper.after_epoch()
@@ -228,6 +238,7 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
 def check_finite(state: State, keeper: Keeper, losses: Mapping[str, float | None]) -> None:
     """Complain about an epoch in which a loss is not a number any more, naming the tasks."""
     if bad := [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]:
+        keeper.interruption.check()  # whoever trains another run after this one is to know of it
         raise DivergedError(
             f"the loss of {', '.join(bad)} is not finite in epoch {state.epoch + 1}; {keeper.newest}; try a lower optim.lr, or "
             "optim.clip_norm"

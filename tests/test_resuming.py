@@ -23,6 +23,7 @@ import mtl
 from mtl import commit, evaluation, trainer
 from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, newest, state_of, verify
 from mtl.commit import MANIFEST, committed
+from mtl.decoding import Decoders
 from mtl.keeping import Keeper
 from mtl.locking import Lock
 
@@ -376,3 +377,31 @@ def test_two_processes_do_not_write_one_run(tiny_config: dict[str, Any], in_tmp:
     ):
         mtl.resume("run")
     mtl.resume("run")
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_moment_is_raised_when_the_run_is_over(
+    number: signal.Signals, tiny_config: dict[str, Any], in_tmp: Path
+) -> None:
+    whole = mtl.train(config(tiny_config), "whole")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "peak_memory", lambda device: signal.raise_signal(number))
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            mtl.train(config(tiny_config), "run")
+    shown = Lines()
+    assert mtl.resume("run", progress=shown).test == whole.test
+    assert any("is finished" in line for line in shown.lines)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_run_lets_go_of_its_directory_whatever_fails_at_its_end(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    def interrupted(decoders: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoders, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mtl.train(config(tiny_config), "run")
+    Lock(Path("run")).close()
