@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mtl.columns import LISTED, SetAside
 from mtl.data import Samples, Split
+from mtl.errors import RunError
 from mtl.files import FileImages
 from mtl.tables import write_csv
 
@@ -33,11 +34,18 @@ class Aside:
         return {name: dict(found) for name in self._parts() if (found := self._counted(name))}
 
     def news(self) -> list[str]:
-        """A line for each dataset of which something new was set aside; the list is then written again."""
+        """A line for each dataset of which something new was set aside; the list is then written again.
+
+        Raises:
+            RunError: the list cannot be written.
+        """
         new = {name: found for name, found in self.counts().items() if self._told.get(name) != found}
         if new:
             self._told |= new
-            write_csv(self.directory / LIST, ("dataset", "where", "why"), self._listed())
+            try:
+                write_csv(self.directory / LIST, ("dataset", "where", "why"), self._listed())
+            except OSError as error:
+                raise RunError(f"cannot write {str(self.directory / LIST)!r}: {error.strerror or error}") from None
         many = {name: "; ".join(f"{count:,} {why}" for why, count in found.items()) for name, found in new.items()}
         some = {name: "the first of them " * (sum(found.values()) > LISTED) for name, found in new.items()}
         return [

@@ -21,7 +21,7 @@ from mtl.config import RunConfig, load
 from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.duplicates import warnings_of
-from mtl.errors import ConfigError, DataError, PluginError, unknown
+from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.files import Reading
 from mtl.hardware import memory_kept
@@ -123,6 +123,11 @@ def _composed(
     compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
     directory, lock = place(config)
+    try:
+        tracker = TensorBoard(directory / "tb", None if begins_after is None else begins_after + 1)
+    except OSError as error:
+        lock.close()
+        raise RunError(f"cannot write {str(directory / 'tb')!r}: {error.strerror or error}") from None
     return Run(
         config=config,
         directory=directory,
@@ -134,7 +139,7 @@ def _composed(
         schedule=make_schedule(config.optim, optimizer, total, feed.steps_per_epoch),
         l2=L2(optimizer, config.optim.l2),
         autocast=autocast(config),
-        tracker=TensorBoard(directory / "tb", None if begins_after is None else begins_after + 1),
+        tracker=tracker,
         rows=Rows(directory / "metrics.jsonl"),
         exchange_rows=Rows(directory / "exchange.jsonl"),
         progress=progress or Silent(),

@@ -90,12 +90,19 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
 def _from_the_beginning(directory: Path, lock: Lock, config: RunConfig, progress: Progress) -> RunResult:
     """Train a run that was cut before its first checkpoint, and of which nothing is therefore lost."""
     progress.line(f"{directory} was cut before its first checkpoint, and begins anew")
-    for name in ("tb", FOLDER):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    (directory / FOLDER).mkdir()
-    (directory / "exchange.jsonl").unlink(missing_ok=True)
+    try:
+        for name in ("tb", FOLDER):
+            shutil.rmtree(directory / name, ignore_errors=True)
+        (directory / FOLDER).mkdir()
+        (directory / "exchange.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write run directory {str(directory)!r}: {error.strerror or error}") from None
     made = composed(resolved(config), progress, lambda config: (directory, lock))
-    note_resumed(directory, made.config)
+    try:
+        note_resumed(directory, made.config)
+    except BaseException:
+        made.close()
+        raise
     return fit(made)
 
 

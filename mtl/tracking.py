@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,30 +37,49 @@ class Tracker(ABC):
 
 
 class TensorBoard(Tracker):
-    """Event files for `tensorboard --logdir`.
+    """An event file for `tensorboard --logdir`, on disk as soon as a figure is there: no thread of its own writes it, whose
+    failure nobody would hear of.
 
     Args:
-        folder: where they go.
+        folder: where it goes.
         purge_step: what earlier files there say of later steps is not shown; None: all of it is.
+
+    Raises:
+        OSError: it cannot be written; so do the other methods.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second, and only training needs it
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # a second, and only training needs it
 
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._event = Event
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
+        if purge_step is not None:
+            begins = SessionLog(status=SessionLog.START)
+            self._write([Event(wall_time=time.time(), step=purge_step, session_log=begins)])
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+        from torch.utils.tensorboard.summary import scalar
+
+        now = time.time()
+        self._write([self._event(wall_time=now, step=step, summary=scalar(tag, value)) for tag, value in values.items()])
 
     def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
-        self._writer.add_image(tag, picture, step, dataformats="HWC")
+        from torch.utils.tensorboard.summary import image
+
+        self._write([self._event(wall_time=time.time(), step=step, summary=image(tag, picture, dataformats="HWC"))])
 
     def close(self) -> None:
-        self._writer.close()
+        return  # nothing is pending
 
-    def flush(self) -> None:
-        self._writer.flush()
+    def _write(self, events: Sequence[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with open(self._path, "ab") as file:
+            records = RecordWriter(file)
+            for event in events:
+                records.write(event.SerializeToString())
 
 
 def log_hparams(folder: Path, settings: Mapping[str, str | float], figures: Mapping[str, float]) -> None:

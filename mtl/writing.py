@@ -7,13 +7,21 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, and a crash, sees the old one or the new one, never a part of one."""
+    """Write a file so that a reader, and a crash, sees the old one or the new one, never a part of one.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
     temporary = path.with_name(f"{temporary_prefix(path)}{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     synchronise(path.parent)
 
 
