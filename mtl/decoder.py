@@ -117,4 +117,5 @@ def main() -> NoReturn:
     import torchvision.io  # noqa: F401  registers the decoder that `mtl.images` uses
 
     torch.set_num_threads(1)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # from here on workers see for themselves that the training process is gone
     os._exit(serve(*map(int, sys.argv[1:])))  # there is nothing to tidy up, which takes torch a second

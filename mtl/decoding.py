@@ -41,8 +41,18 @@ AHEAD = 3
 """Batches being decoded while one is in use, at least."""
 PATIENCE = 5.0
 """Seconds in which workers end by themselves once told to, before they are killed."""
-PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from mtl.decoder import main; main()"
-"""Folders of modules are set when Python is up: by PYTHONPATH, a file beside the caller's could hide one of Python's own."""
+PROGRAM = """
+import json, os, select, signal, sys
+sys.path[:] = json.loads(sys.argv.pop())
+jobs = select.poll()
+jobs.register(int(sys.argv[1]), 0)  # only whether the other side is gone
+signal.signal(signal.SIGALRM, lambda *_: jobs.poll(0) and os._exit(1))
+signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+from mtl.decoder import main
+main()
+"""
+"""Folders of modules are set when Python is up: by PYTHONPATH, a file beside the caller's could hide one of Python's own. While
+it imports torch, which takes seconds, the process looks now and then whether there still is somebody to decode for."""
 
 
 class _Slot(NamedTuple):
