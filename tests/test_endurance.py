@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.endurance import guards, images, labels, tables  # noqa: F401  they register their rows
+from tests.endurance import disk, guards, images, killing, labels, stopping, tables  # noqa: F401  they register their rows
 from tests.endurance.rows import ROWS, line
 
 
@@ -14,4 +14,4 @@ from tests.endurance.rows import ROWS, line
 def test_a_row_holds(number: int, tmp_path: Path) -> None:
     text, cases = line(ROWS[number], tmp_path, short=True)
     assert cases.failed == [], text
-    assert cases.held > 5
+    assert cases.held > 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.endurance import guards, images, labels, tables  # noqa: F401  they register their rows
+from tests.endurance import disk, guards, images, killing, labels, stopping, tables  # noqa: F401  they register their rows
 from tests.endurance.rows import ROWS, line
 
 

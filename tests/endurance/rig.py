@@ -1,7 +1,8 @@
 """The run that is cut, killed and resumed: 2,048 real images as files, two tasks that exchange, batch norm, dropout,
 augmentation, two processes that decode, 60 steps, a checkpoint every 5.
 
-The images are Fashion-MNIST's first, or drawn shapes where it is not at hand. `digest` says in 64 digits where a run stands.
+The images are Fashion-MNIST's first, or drawn shapes where it is not at hand. `digest` says in 64 digits where a run stands;
+`rig` makes all of it once, with the digest and the pace of an uncut run.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ import csv
 import hashlib
 import json
 import os
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torchvision.io import write_png
 
 import mtl
 from mtl.checkpoints import STATE, newest
+from tests.endurance.victims import BEGUN, SAVED, SAVING, TESTING, VALIDATING, Ended, command, each
 
 IMAGES, STEPS, EVERY = 2048, 60, 5
 TABLE = "rig.csv"
@@ -93,3 +100,61 @@ def digest(run_dir: Path) -> str:
     for log in ("metrics.jsonl", "exchange.jsonl"):
         found.update((run_dir / log).read_bytes())
     return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rig:
+    """The data, a run's config, and what is known of the run that nobody disturbs."""
+
+    folder: tempfile.TemporaryDirectory[str]
+    config: Path
+    steps: int
+    at_once: int
+    """Runs that are tried at a time."""
+    reference: str
+    """Its digest."""
+    pace: dict[str, float]
+    """Seconds of that one: `start`, to the first save; `save`; `between`, from save to save; `validation`, `test`."""
+
+    def begin(self, run_dir: Path, workers: int = 0) -> list[str]:
+        """The arguments that start the run."""
+        return ["train", str(self.config), "--run-dir", str(run_dir), f"data.workers={workers}"]
+
+    def resume(self, run_dir: Path, workers: int = 0) -> list[str]:
+        """The arguments that go on with it."""
+        return ["train", "--resume", str(run_dir), f"data.workers={workers}"]
+
+    def wrong(self, run_dir: Path, ended: Ended) -> str:
+        """What is wrong with a run that should have ended as if nothing had been; "" if nothing is."""
+        if ended.status:
+            return f"exit status {ended.status}: {ended.said[-300:]}"
+        return "" if digest(run_dir) == self.reference else "another digest"
+
+
+@cache
+def rig(short: bool) -> Rig:
+    """Made once for all rows: in full, or a smaller one of 20 steps. One line of its table is set aside."""
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
+    write_images(root, 640 if short else IMAGES)
+    with open(root / TABLE, "a", encoding="utf-8") as file:
+        file.write("photos/none.png\n")
+    config, steps = root / "rig.yaml", 20 if short else STEPS
+    config.write_text(yaml.safe_dump(tree(root, max_steps=steps)), encoding="utf-8")
+    made = Rig(folder, config, steps, 1 if short else 2, "", {})
+    [ended] = each(lambda nursery, run_dir: nursery.run(run_dir, made.begin(run_dir)), [root / "uncut"], made.at_once)
+    assert not ended.status, ended.said
+    reference = digest(root / "uncut")
+    if not short:  # and as a user starts it
+        again = command(root / "again", made.begin(root / "again", 2))
+        assert not again.status, again.said
+        assert digest(root / "again") == reference, "workers change what is trained"
+    begun, saving, saved = (ended.when(news) for news in (BEGUN, SAVING, SAVED))
+    pace = {
+        "start": saving[0] - begun[0],
+        "save": median(b - a for a, b in zip(saving, saved, strict=True)),
+        "between": median(b - a for a, b in zip(saved, saving[1:], strict=False)),
+        "validation": saved[-1] - ended.when(VALIDATING)[-1],
+        "test": ended.ended - ended.when(TESTING)[0],
+    }
+    return replace(made, reference=reference, pace=pace)
