@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from mtl.config import RunConfig, from_tree, override
+from mtl.config import PlainDumper, RunConfig, from_tree, override, parsed, read_text
 from mtl.errors import ConfigError, unknown
 from mtl.registry import BACKBONES
 from mtl.seeding import derive_seed
@@ -345,7 +345,7 @@ def _as_overrides(name: str, value: Any) -> list[str]:
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return yaml.dump(value, Dumper=PlainDumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
 def _user_arm(name: str, overrides: Sequence[str]) -> Arm:
@@ -363,8 +363,8 @@ def listed(path: Path) -> list[str | dict[str, Any]]:
         ConfigError: it cannot be read, or is no list.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        given = parsed(read_text(path))
+    except (OSError, ValueError) as error:
         raise ConfigError([f"cannot read arms {str(path)!r}: {' '.join(str(error).split())}"]) from None
     if not isinstance(given, list) or not all(isinstance(one, str | dict) for one in given):
         raise ConfigError([f"{str(path)!r} must hold a list of names and mappings {{name: overrides}}"])

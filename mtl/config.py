@@ -1,7 +1,8 @@
 """The configuration of a run: one closed schema, read from YAML, changed by dotted overrides, validated once.
 
 Names resolve through the registry while the config is validated, so that a misspelt task and a misspelt key are reported
-together. In a config a string where a mapping may stand means `{name: that}`, or `{kind: that}` for sharing.
+together. In a config a string where a mapping may stand means `{name: that}`, or `{kind: that}` for sharing. YAML is read as if
+a stranger had written it: plain values alone, and no more of them than are read in a second or two.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from pydantic import (
@@ -36,6 +37,14 @@ from mtl.sampling import Mixing
 from mtl.sharing import Sharing, Unshared
 
 DATASET_SCHEMA = WithJsonSchema({CHOICE: "datasets"})
+LARGEST = 1 << 20
+"""Bytes that a file of YAML may have."""
+DEEPEST, MOST = 20, 20_000
+"""Levels, and keys and values, that it may have."""
+LONGEST = 64
+"""Characters of a number in it."""
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class DataConfig(Options):
@@ -181,7 +190,7 @@ class RunConfig(Options):
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -230,7 +239,7 @@ class RunConfig(Options):
 
     def to_yaml(self) -> str:
         """The config as a YAML document that `load` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False)
 
     def digest(self) -> str:
         """Twelve hexadecimal digits that two configs share when they describe the same run. Paths, device, the number of
@@ -257,24 +266,49 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, its keys not yet looked at.
 
     Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
+        ConfigError: no such file, too large, not YAML, or not a mapping.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; configs there: {', '.join(near[:8])}" if near else ""
         raise ConfigError([f"cannot read config {str(path)!r}: {_reason(error)}{hint}"]) from None
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number of an impossible form
-        raise ConfigError([_flat(error)], source=str(path)) from None
+        tree = parsed(text)
+    except ValueError as error:
+        raise ConfigError([str(error)], source=str(path)) from None
     if tree is None:
         raise ConfigError(["the file is empty"], source=str(path))
     if not isinstance(tree, dict):
         raise ConfigError([f"a config is a mapping of keys; found {type(tree).__name__}"], source=str(path))
     return tree
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of YAML.
+
+    Raises:
+        OSError: it cannot be read; ValueError: it is not UTF-8, or too large.
+    """
+    with open(path, "rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} bytes")
+    return data.decode()
+
+
+def parsed(text: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        ValueError: it is not YAML, or more than plain values; in one line.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number of an impossible form
+        raise ValueError(_flat(error)) from None
 
 
 def from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
@@ -307,9 +341,9 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
             wrong.append(f"override {text!r} is not of the form key=value or key.sub=value")
             continue
         try:
-            _set(result, key, yaml.load(raw, Loader=_StrictLoader))
-        except (yaml.YAMLError, ValueError) as error:
-            wrong.append(f"override {text!r}: the value is not YAML: {_flat(error)}")
+            _set(result, key, parsed(raw))
+        except ValueError as error:
+            wrong.append(f"override {text!r}: the value is not YAML: {error}")
         except ConfigError as error:
             wrong += error.problems
     if wrong:
@@ -356,16 +390,56 @@ def json_schema() -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys, which plain YAML loaders resolve by silently keeping the last."""
+    """YAML of plain values: no tags, no anchors (a few lines of which can stand for more than any memory holds), no key twice
+    (of which plain YAML loaders silently keep the last), and nothing so deep, or so much, that reading it takes long.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            self._refuse("anchors and aliases are not read; write the value out", event)
+        if event.tag is not None:
+            self._refuse(f"tag {event.tag!r}: tags are not read", event)
+        self._depth, self._values = self._depth + 1, self._values + 1
+        if self._depth > DEEPEST:
+            self._refuse(f"more than {DEEPEST} levels", event)
+        if self._values > MOST:
+            self._refuse(f"more than {MOST:,} keys and values", event)
+        made: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return made
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if node.tag in NUMBERS and len(node.value) > LONGEST:  # 1:30 is a number in base 60, for which a long one takes hours
+            self._refuse(f"a number of more than {LONGEST} characters", node)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == MERGE:
+                self._refuse("'<<' is not read; write the keys out", key)
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                self._refuse(f"key {key.value!r} is given twice", key)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         made = super().construct_mapping(node, deep)
         if odd := [key for key in made if not isinstance(key, str)]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {odd[0]!r} is not a string", node.start_mark)
+            self._refuse(f"key {odd[0]!r} is not a string", node)
         return made
+
+    def _refuse(self, why: str, at: yaml.Node | yaml.Event) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=why, problem_mark=at.start_mark)  # type: ignore[arg-type]
+
+
+class PlainDumper(yaml.SafeDumper):
+    """Writes YAML without anchors, which are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _flat(error: Exception) -> str:
@@ -374,4 +448,6 @@ def _flat(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -14,6 +14,7 @@ from conftest import TINY, TinyOptions
 from pydantic import BaseModel, ValidationError
 
 import mtl
+from mtl.arms import _as_overrides, _as_yaml
 from mtl.choices import Choice
 from mtl.config import from_tree, json_schema, load, override
 from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS
@@ -391,9 +392,30 @@ def test_unreadable_file(tmp_path: Path) -> None:
         load(path)
 
 
-def test_anchors_and_merges_work(tmp_path: Path) -> None:
-    config = load(write(tmp_path, "tasks: [tiny_a]\ndata: {validation: &n 12, split_seed: *n}\nseed: *n\n"))
-    assert (config.data.validation, config.data.split_seed, config.seed) == (12, 12, 12)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [tiny_a]\nseed: &n 12\nepochs: *n\n", "anchors and aliases are not read"),
+        ("tasks: [tiny_a]\n<<: {seed: 1}\n", "'<<' is not read"),
+        ("tasks: [!!str tiny_a]\n", "tags are not read"),
+        ("tasks: [tiny_a]\nself: 1\n", "unknown key 'self'"),
+        (f"tasks: {'[' * 30}{']' * 30}\n", "more than 20 levels"),
+        (f"tasks: [{'a,' * 30_000}]\n", "more than 20,000 keys and values"),
+        (f"seed: 1{':1' * 40}.5\n", "a number of more than 64 characters"),
+        (f"tasks: [tiny_a]\n#{' ' * (1 << 20)}", "more than 1,048,576 bytes"),
+    ],
+)
+def test_yaml_of_a_stranger_is_plain_and_small(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(mtl.ConfigError, match=message):
+        load(write(tmp_path, text))
+
+
+def test_what_is_there_twice_is_written_twice() -> None:
+    options = {"name": "small_cnn", "width": 0.5}
+    assert (
+        from_tree(override({"tasks": ["tiny_a"]}, _as_overrides("twice", {"backbone": options}))).backbone.name == "small_cnn"
+    )
+    assert "&" not in _as_yaml({"one": options, "other": options})
 
 
 # Writing back
