@@ -16,9 +16,12 @@ import importlib.util
 import inspect
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+SLOW = 5.0
+"""Seconds after which it is said what is being loaded."""
+_under_way: list[set[tuple[str, str, str]]] = []
+"""Of each plugin that is being loaded: kind, name and identity of what it has registered so far."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,12 @@ class Registry:
                 self._loading or _origin(factory),
             )
             identity = plugin.identity
+            if _under_way and (self.kind, name, identity) in _under_way[-1]:
+                raise PluginError(f"{self.kind} {name!r} is registered twice in {_origin(factory)}; rename one of them")
+            if _under_way:
+                _under_way[-1].add((self.kind, name, identity))
             rivals = [other for other in self._claims.get(name, []) if other.identity != identity]
-            self._claims[name] = [*rivals, plugin]  # the same function again (a notebook cell run twice) replaces itself
+            self._claims[name] = [*rivals, plugin]  # the same function run again (a notebook cell) replaces itself
             return factory
 
         return decorate
@@ -171,13 +182,13 @@ class Registry:
         known = self._claims.get(point.name, [])
         if any(claim.identity == _target(point) for claim in known):
             return
-        before = [(registry, dict(registry._claims)) for registry in REGISTRIES]
         self._loading = where
         try:
-            target = point.load()
-        except (Exception, SystemExit) as error:
-            for registry, claims in before:  # what a module registered before it failed does not count
-                registry._claims = claims
+            with _loading(f"{self.kind} {point.name!r} of {where}"):
+                target = point.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             reason = str(error) if isinstance(error, MTLError) else f"{type(error).__name__}: {error}"
             raise PluginError(f"{self.kind} {point.name!r} of {where} cannot be loaded: {reason}") from error
         finally:
@@ -237,17 +248,55 @@ def load_plugin_file(path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
-    except PluginError:
-        del sys.modules[module_name]
+        with _loading(f"plugin file {str(path)!r}"):
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[module_name]
+                raise
+    except KeyboardInterrupt:
         raise
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise PluginError(f"plugin file {str(path)!r} failed{_line_of(error)}: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        raise PluginError(f"plugin file {str(path)!r} failed{_line_of(error)}: {reason}") from error
 
 
-def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
-    """Name -> its distinct entry points. One distribution seen twice (installed and on the path) counts once."""
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Say what is being loaded when that takes long, and forget what it registered if it fails: its own, and not that of other
+    modules that it imported, which are whole, and will not be imported again.
+    """
+    before = [(registry, dict(registry._claims)) for registry in REGISTRIES]
+    _under_way.append(set())
+    words = f"still loading {what} after {SLOW:g} s; Ctrl-C ends it"
+    timer = threading.Timer(SLOW, print, [words], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except BaseException:
+        for registry, claims in before:
+            for name, made in registry._claims.items():
+                whole = [claim for claim in made if claim.identity.partition(":")[0] in sys.modules]
+                others = [claim for claim in claims.get(name, []) if claim.identity not in {one.identity for one in whole}]
+                claims[name] = [*others, *whole]
+            registry._claims = {name: left for name, left in claims.items() if left}
+        raise
+    finally:
+        _under_way.pop()
+        timer.cancel()
+
+
+def _entry_points(group: str) -> Mapping[str, list[metadata.EntryPoint]]:
+    """Name -> its distinct entry points."""
+    return _installed(group, tuple(sys.path))
+
+
+@lru_cache(maxsize=64)
+def _installed(group: str, path: tuple[str, ...]) -> Mapping[str, list[metadata.EntryPoint]]:
+    """Those of the distributions on a path, read once: that takes tens of milliseconds, and a config may name a thousand tasks.
+    One distribution seen twice (installed and on the path) counts once.
+    """
     found: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
     for point in metadata.entry_points(group=group):
         key = (point.dist.name if point.dist else "", point.value)

@@ -293,7 +293,41 @@ def test_plugin_file_that_fails_says_why(tmp_path: Path, source: str, original: 
     assert not [name for name in sys.modules if name.startswith("mtl_plugin_failing")]
 
 
+def test_a_file_that_fails_leaves_nothing_of_its_own(tmp_path: Path) -> None:
+    """What it imported on the way stays, since that will not be imported again."""
+    path = tmp_path / "half.py"
+    path.write_text(GOOD + "import mtl_tasks.shapes\nraise BaseException('no more')\n")
+    assert "BaseException: no more" in refusal(lambda: load_plugin_file(path))
+    assert "fake_task" not in TASKS.names()
+    assert TASKS.get("shapes_kind").name == "shapes_kind"
+
+
+def test_a_name_registered_twice_in_one_file(tmp_path: Path) -> None:
+    path = write_plugin(tmp_path / "copied.py")
+    path.write_text(2 * path.read_text())
+    message = refusal(lambda: load_plugin_file(path))
+    assert all(part in message for part in ("copied.py, line 6", "'shared_name' is registered twice"))
+
+
+def test_a_slow_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("mtl.registry.SLOW", 0.02)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.3)\n")
+    load_plugin_file(tmp_path / "slow.py")
+    assert f"still loading plugin file '{tmp_path / 'slow.py'}' after 0.02 s" in capsys.readouterr().err
+    (tmp_path / "quick.py").write_text("")
+    load_plugin_file(tmp_path / "quick.py")
+    assert not capsys.readouterr().err
+
+
 # By distribution
+
+
+def test_a_broken_distribution_does_not_take_others_with_it(add_distribution: AddDistribution) -> None:
+    source = "import fake_whole\nraise ImportError('no libfoo')"
+    add_distribution("fake_whole", GOOD, GOOD_POINTS)
+    add_distribution("fake_broken", source, {"mtl.tasks": {"fake_bad": "{module}:task"}})
+    assert "no libfoo" in refusal(lambda: TASKS.get("fake_bad"))
+    assert isinstance(TASKS.get("fake_task").create(), mtl.Task)
 
 
 def test_distribution_is_found_and_used(add_distribution: AddDistribution, tmp_path: Path) -> None:
