@@ -21,7 +21,7 @@ from mtl.config import RunConfig, load
 from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.duplicates import warnings_of
-from mtl.errors import ConfigError, DataError, PluginError, RunError, unknown
+from mtl.errors import ConfigError, DataError, PluginError, RunError, listing, unknown
 from mtl.evaluation import evaluate, mean_score, try_tasks
 from mtl.files import Reading
 from mtl.hardware import memory_kept
@@ -320,6 +320,15 @@ def model_with_weights(
 
 
 def restore_heads(tasks: Sequence[Task], description: Mapping[str, Any]) -> list[Task]:
-    """The tasks, their heads as they were when weights with this description were written."""
+    """The tasks, their heads as they were when weights with this description were written.
+
+    Raises:
+        RunError: it is of other tasks, or of heads that are none.
+    """
     written = {task["name"]: task for task in description["tasks"]}
-    return [replace(task, head=task.head.restored(written[task.name])) for task in tasks]
+    if missing := [task.name for task in tasks if task.name not in written]:
+        raise RunError(f"the weights are of other tasks, {listing(written)}, and not of {listing(missing)}")
+    try:
+        return [replace(task, head=task.head.restored(written[task.name])) for task in tasks]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"the heads that the weights are of cannot be made: {type(error).__name__}: {error}") from error

@@ -21,7 +21,7 @@ from mtl.strict_json import read_strict
 
 FOLDER = "checkpoints"
 MODEL, BEST, TRAINING, STATE = "model.safetensors", "best.safetensors", "training.safetensors", "state.json"
-LARGEST_STATE = 64 << 20
+LARGEST_STATE = 8 << 20
 """Bytes that a state may have."""
 WEIGHTS = {"best": BEST, "last": MODEL}
 """What a user calls weights -> the file that they are in."""
@@ -83,16 +83,33 @@ def state_of(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of where training stands.
 
     Raises:
-        RunError: nothing that can be read.
+        RunError: nothing that can be read, or not what every state says.
     """
     said = read_strict(folder / STATE, LARGEST_STATE)
-    if not isinstance(said, dict):
-        raise RunError(f"{str(folder / STATE)!r} is no state")
+    if not isinstance(said, dict) or not _is_state(said):
+        raise RunError(f"{str(folder / STATE)!r} is no state that this program wrote")
     return said
+
+
+def _is_state(said: dict[str, Any]) -> bool:
+    """Whether that is well formed which is read of a state before a run is made that the rest must fit."""
+    best, partial = said.get("best", ""), said.get("partial", "")
+    return (
+        all(_is_count(said.get(key)) for key in ("epoch", "steps", "threads"))
+        and said["threads"] > 0
+        and (best is None or (isinstance(best, dict) and _is_count(best.get("epoch"))))
+        and (partial is None or isinstance(partial, dict))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 def verify(run_dir: Path) -> list[dict[str, Any]]:
     """Every checkpoint of a run, the newest first: its `name`, what it is `about`, and its `faults`.
+
+    A manifest may be right about files that are none of this program's: these are opened too.
 
     Raises:
         RunError: there is none.
@@ -101,11 +118,27 @@ def verify(run_dir: Path) -> list[dict[str, Any]]:
         raise RunError(f"{str(run_dir)!r} holds no checkpoint; give a run directory")
     result = []
     for folder in found:
-        wrong = list(faults(folder))
-        about = ""
+        about, wrong = "", [*faults(folder)]
         if not wrong:
-            state = state_of(folder)
-            best = "" if state["best"] is None else f", best epoch {state['best']['epoch']}"
-            about = f"whole, {state['epoch']} epochs and {state['steps']} steps{best}"
+            try:
+                about = _about(folder)
+            except RunError as error:
+                wrong = [str(error)]
         result.append({"name": folder.name, "about": about, "faults": wrong})
     return result
+
+
+def _about(folder: Path) -> str:
+    """What a checkpoint that is as it was written holds.
+
+    Raises:
+        RunError: a file that is none of this program's.
+    """
+    from mtl.weights import check_tensors  # torch, which nothing else here needs
+
+    for name in manifest_of(folder):
+        if name.endswith(".safetensors"):
+            check_tensors(folder / name)
+    state = state_of(folder)
+    best = "" if state["best"] is None else f", best epoch {state['best']['epoch']}"
+    return f"whole, {state['epoch']} epochs and {state['steps']} steps{best}"

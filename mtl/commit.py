@@ -35,6 +35,8 @@ TEMPORARY = ".tmp-"
 NAME = re.compile(r"[a-z]+-[0-9]+")
 """Of a committed folder: a word, and the number that orders them."""
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")
+DESCRIBED = {"bytes": int, "sha256": str}
+"""What a manifest says of a file."""
 
 
 Content = bytes | Callable[[Path], None]
@@ -140,8 +142,8 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
             f"{str(folder)!r} has format {said['format']}, and this version reads up to {FORMAT}; use the version that wrote it"
         )
     for name, about in said["files"].items():
-        well_formed = FILE.fullmatch(name) and isinstance(about, dict) and about.keys() == {"bytes", "sha256"}
-        if not well_formed:
+        described = isinstance(about, dict) and {key: type(value) for key, value in about.items()} == DESCRIBED
+        if not FILE.fullmatch(name) or not described:
             raise RunError(f"{str(folder / MANIFEST)!r} is no manifest: {name!r} is not described as a file is")
     return dict(said["files"])
 
@@ -161,6 +163,9 @@ def faults(folder: Path, files: Sequence[str] = ()) -> Iterator[str]:
     for name in files or manifest:
         if (about := manifest.get(name)) is None:
             yield f"there is no {name} in it"
+            continue
+        if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited for
+            yield f"{name} is no file"
             continue
         try:
             if (size := (folder / name).stat().st_size) != about["bytes"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, folder_of, state_of
@@ -35,7 +35,7 @@ from mtl.state import (
     random_values,
 )
 from mtl.strict_json import write_strict
-from mtl.weights import load_weights, read_weights, weights_of, write_weights
+from mtl.weights import load_weights, read_tensors, read_weights, weights_of, write_weights
 
 FORMAT = 1
 """Of `state.json` and the names in `training.safetensors`."""
@@ -197,16 +197,18 @@ def restore(run: Run, folder: Path) -> State:
     Raises:
         RunError: it is of another network, of other data, of a later version, or not what was written.
     """
-    values, tensors = state_of(folder), load_file(folder / TRAINING)
+    values, tensors = state_of(folder), read_tensors(folder / TRAINING)
     if values.get("format") != FORMAT:
         raise RunError(f"{str(folder)!r} has format {values.get('format')!r}, and this version reads {FORMAT}")
     try:
         return _restored(run, folder, values, tensors)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
         raise RunError(f"{str(folder)!r} is not what this version wrote: {type(error).__name__}: {error}") from error
 
 
 def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> State:
+    if others := sorted(values.keys() - taken(run, State(), 0.0)[0].keys()):
+        raise ValueError(f"a state has no {others[0]!r}")
     found = fingerprints(run)
     if changed := [name for name, digest in values["data"].items() if found.get(name) != digest]:
         raise RunError(f"the data are not those that the run began with: {', '.join(changed)}; start a new run")
@@ -217,6 +219,8 @@ def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str,
     load_optimizer_tensors(run.optimizer, names_of(run), of["optimizer"])
     load_group_values(run.optimizer, values["groups"])
     run.balancer.recall(unpacked(values["balancer"], tensors), run.weights.device)
+    if values["schedule"].keys() != run.schedule.state_dict().keys():  # it would take any for its attributes
+        raise ValueError(f"a schedule of {', '.join(values['schedule'])}")
     run.schedule.load_state_dict(values["schedule"])
     if "guard" in values:  # not in the first checkpoints of this format
         run.guard.recall(values["guard"])

@@ -65,5 +65,5 @@ def _holder(directory: Path) -> str:
     try:
         said: Mapping[str, Any] = json.loads((directory / HOLDER).read_text(encoding="utf-8"))
         return f": process {said['pid']} on {said['host']}, since {said['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has only just begun
         return ""

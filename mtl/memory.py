@@ -45,7 +45,10 @@ def recall(module: nn.Module, memory: dict[str, dict[str, Any]], device: torch.d
         part = parts[name]
         for key, value in kept.items():
             if isinstance(value, dict) and value.keys() == {"optimizer", "state"}:
-                made = getattr(torch.optim, value["optimizer"])(list(part.parameters(recurse=False)))
+                kind = getattr(torch.optim, value["optimizer"])
+                if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+                    raise ValueError(f"{value['optimizer']!r} is no optimizer")
+                made = kind(list(part.parameters(recurse=False)))  # type: ignore[call-arg]
                 made.load_state_dict(moved(value["state"], device))
                 value = made
             elif key in part._non_persistent_buffers_set:
@@ -119,7 +122,9 @@ def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
         case "tensor":
             return tensors[inner]
         case "dtype":
-            return getattr(torch, inner)
+            if not isinstance(dtype := getattr(torch, inner), torch.dtype):
+                raise ValueError(f"{inner!r} is no dtype")
+            return dtype
         case "device":
             return torch.device(inner)
         case "list":

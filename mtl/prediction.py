@@ -24,7 +24,7 @@ from mtl.build import make_model
 from mtl.checkpoints import weights_file
 from mtl.choices import choose, choose_sharing
 from mtl.classification import Classification
-from mtl.config import read_tree
+from mtl.config import DataConfig, read_tree
 from mtl.datasets import ArrayDataset
 from mtl.errors import ConfigError, DataError, MTLError, PluginError, RunError
 from mtl.heads import DataclassHead, Head
@@ -125,14 +125,16 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
     tree = read_tree(directory / "config.yaml")
     description = read_description(file)
     try:
-        standardize, seed, written_precision = tree["data"]["standardize"], tree["seed"], tree["precision"]
+        standardize = DataConfig(standardize=tree["data"]["standardize"]).standardize
+        seed, written_precision = tree["seed"], tree["precision"]
         given_backbone, given_sharing = tree["backbone"], tree["sharing"]
         given_tasks = {one if isinstance(one, str) else one["name"]: one for one in tree["tasks"]}
-        shape, dtype = tuple(description["input"]["shape"]), getattr(torch, description["input"]["dtype"])
-    except (KeyError, TypeError) as error:
+        said = [options for options in tree["data"].get("datasets", {}).values() if isinstance(options, dict)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(
             f"{str(directory)!r} is incomplete, or of another version: {type(error).__name__}: {error}; was a file edited?"
         ) from error
+    shape, dtype = tuple(description["input"]["shape"]), getattr(torch, description["input"]["dtype"])
     tasks = [restored_task(one, given_tasks) for one in description["tasks"]]
     name, precision = usable(device, written_precision)
     try:
@@ -144,7 +146,6 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         ) from error
     model = make_model(tasks, shape, backbone, sharing, standardize, seed, name, pretrained=False)
     load_weights(file, model)
-    said = [options for options in tree["data"].get("datasets", {}).values() if isinstance(options, dict)]
     arrays = frozenset(value for options in said for value in options.values() if isinstance(value, str))
     return Restored(model.eval(), shape, dtype, torch.device(name), precision, arrays)
 
@@ -153,11 +154,14 @@ def restored_task(described: Mapping[str, Any], given: Mapping[str, Any]) -> Tas
     """A task as a weights file describes it. A head of its own comes from its plugin, with the options `given` by task name.
 
     Raises:
-        PluginError: the plugin with that head is not there.
+        PluginError: the plugin with that head is not there; RunError: there is no such head.
     """
     name, kind = described["name"], described["head"]
     if kind in BUNDLED:
-        head: Head = BUNDLED[kind].restored_from(described)
+        try:
+            head: Head = BUNDLED[kind].restored_from(described)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"the head of task {name!r} cannot be made as it is described: {error}") from error
     else:
         try:
             choice = choose(TASKS, given.get(name, name))
@@ -302,6 +306,8 @@ def _shape(found: Any, name: str) -> tuple[int, ...]:
 def _as_samples(given: Any, where: str, run: Restored) -> np.ndarray[Any, Any] | Tensor:
     """An array with a sample axis; one sample gets one. Its first is checked at once, the others when their turn comes."""
     array = given if isinstance(given, Tensor | np.ndarray) else np.asarray(given)
+    if array.ndim == 0:
+        raise DataError(f"{where}: this run takes samples of shape {run.shape}; found no array")
     if tuple(array.shape) == run.shape:
         array = array[None]
     _checked(array[:1], where, run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 
 from mtl.auto import resolved
 from mtl.build import composed
-from mtl.checkpoints import FOLDER, folder_of, newest, state_of
+from mtl.checkpoints import FOLDER, LARGEST_STATE, folder_of, newest, state_of
 from mtl.commit import committed
 from mtl.comparison_dir import differing
 from mtl.config import RunConfig, from_tree, override, read_tree
@@ -25,6 +24,7 @@ from mtl.locking import Lock
 from mtl.progress import Progress, Silent
 from mtl.run import RunResult
 from mtl.rundir import note_resumed
+from mtl.strict_json import read_strict
 from mtl.trainer import fit
 
 ANY = ("data.root", "data.workers", "data.bad_files", "device", "patience", "checkpoints")
@@ -161,8 +161,8 @@ def _longer(config: RunConfig, stands: dict[str, Any]) -> bool:
 
 def _result(directory: Path) -> dict[str, Any] | None:
     try:
-        said = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        said = read_strict(directory / "result.json", LARGEST_STATE)
+    except RunError:  # none yet, or cut off
         return None
     known = {field.name: field.default is MISSING for field in fields(RunResult)}
     whole = isinstance(said, dict) and said.keys() <= known.keys() and all(name in said for name, must in known.items() if must)

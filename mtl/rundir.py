@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from mtl.checkpoints import FOLDER
+from mtl.checkpoints import FOLDER, LARGEST_STATE
 from mtl.config import RunConfig
 from mtl.errors import RunError
 from mtl.hardware import device_name
 from mtl.locking import OWN, Lock
+from mtl.strict_json import read_strict
 from mtl.writing import write_whole
 
 DISTRIBUTION = "crosstitch"
@@ -71,14 +72,14 @@ def note_resumed(directory: Path, config: RunConfig) -> None:
         RunError: it cannot be written.
     """
     try:
-        about = json.loads((directory / "env.json").read_text(encoding="utf-8"))
+        about = read_strict(directory / "env.json", LARGEST_STATE)
         about["resumed"] = [*about.get("resumed", []), environment(config)]
         write_whole(directory / "env.json", json.dumps(about, indent=2) + "\n")
         write_whole(directory / "config.yaml", config.to_yaml())
     except OSError as error:
         raise _unwritable(directory, error) from None
-    except ValueError as error:
-        raise RunError(f"{str(directory / 'env.json')!r} is damaged: {error}; remove it") from None
+    except (AttributeError, TypeError) as error:
+        raise RunError(f"{str(directory / 'env.json')!r} is damaged: {error}; give the run its own again") from None
 
 
 def _unwritable(directory: Path, error: OSError) -> RunError:

@@ -93,13 +93,22 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def load_random(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Put the generators back where they were. Of a device that is not there nothing is."""
-    version, words, gauss = values["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = values["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_initialized():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda:{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda:{i}"], i)
+    """Put the generators back where they were. Of a device that is not there nothing is.
+
+    Raises:
+        RunError: no place where one can stand.
+    """
+    try:
+        version, words, gauss = values["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, position, has_gauss, cached = values["numpy"]
+        if not 0 <= position <= len(keys):  # NumPy would read beyond them
+            raise ValueError(f"position {position} of {len(keys)}")
+        np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(tensors["cpu"])
+        if torch.cuda.is_initialized():
+            for i in range(torch.cuda.device_count()):
+                if f"cuda:{i}" in tensors:
+                    torch.cuda.set_rng_state(tensors[f"cuda:{i}"], i)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise RunError(f"the checkpoint's random generators cannot stand there: {type(error).__name__}: {error}") from error

@@ -17,7 +17,7 @@ from mtl.checkpoints import weights_file
 from mtl.config import InitFrom
 from mtl.errors import ConfigError, RunError, unknown
 from mtl.model import MultiTaskModel
-from mtl.weights import is_of_run, load_state, read_weights
+from mtl.weights import checked_description, is_of_run, load_state, read_tensors, read_weights
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def source(task: str, given: InitFrom) -> Source:
     """
     file = _file(given.path, given.weights)
     if not is_of_run(file):
-        return Source(str(file), _plain_file(file), None)
+        return Source(str(file), read_tensors(file), None)
     state, description = read_weights(file)
+    description = checked_description(file, description)
     trained, name = [one["name"] for one in description["tasks"]], given.task or task
     if name not in trained:
         raise ConfigError(
@@ -80,12 +81,6 @@ def source(task: str, given: InitFrom) -> Source:
         )
     network = {**_under("trunk", state), **_under(f"towers.{name}", state)}
     return Source(str(file), network, _under(f"heads.{name}", state) if name == task else None)
-
-
-def _plain_file(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mtl.errors import RunError
@@ -17,6 +19,10 @@ FORMAT = "2"
 """1, before any release: a description without the shape of the input."""
 BALANCER = "balancer."
 """How the names of a balancer's tensors begin, beside the model's."""
+LARGEST_HEADER = 1 << 25
+"""Bytes of names, shapes and places that a file may begin with; a tensor takes a hundred or two."""
+LARGEST = 1 << 26
+"""Numbers in a sample that a description is believed about."""
 
 
 def weights_of(model: nn.Module, balancer: nn.Module | None = None) -> dict[str, Tensor]:
@@ -117,14 +123,56 @@ def is_of_run(path: Path) -> bool:
         return "description" in (file.metadata() or {})
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor on the CPU, of any safetensors file.
+
+    Raises:
+        RunError: no such file, or damaged.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def check_tensors(path: Path) -> None:
+    """Look whether a file is one of safetensors; nothing but its header is read.
+
+    Raises:
+        RunError: it is none.
+    """
+    with _opened(path):
+        pass
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """The description alone.
 
     Raises:
-        RunError: as `read_weights`.
+        RunError: as `read_weights`, or not what is said of every run's weights.
     """
     with _opened(path) as file:
-        return _description(path, file.metadata())
+        return checked_description(path, _description(path, file.metadata()))
+
+
+def checked_description(path: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """What was `said` of the weights of a run.
+
+    Raises:
+        RunError: not what is said of every run's.
+    """
+    try:
+        words = [task[key] for task in said["tasks"] for key in ("name", "dataset", "target", "head")]
+        shape, dtype = said["input"]["shape"], getattr(torch, said["input"]["dtype"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"weights {str(path)!r} are not described as a run's are: {type(error).__name__}: {error}") from error
+    wrong = [repr(word) for word in words if not isinstance(word, str)]
+    if not isinstance(dtype, torch.dtype):
+        wrong.append(f"dtype {said['input']['dtype']!r}")
+    counts = isinstance(shape, list) and 0 < len(shape) < 5 and all(type(n) is int and n > 0 for n in shape)
+    if not counts or math.prod(shape) > LARGEST:
+        wrong.append(f"a sample of shape {shape}")
+    if wrong:
+        raise RunError(f"weights {str(path)!r} are not described as a run's are: {wrong[0][:80]}")
+    return said
 
 
 @contextmanager
@@ -134,12 +182,31 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise RunError(f"no weights at {str(path)!r}; the run has not finished its first epoch")
     try:
+        header = _header(path)
         with safe_open(path, framework="pt") as file:
+            json.loads(header, object_pairs_hook=_once)
             yield file
     except RunError:
         raise
     except Exception as error:  # safetensors has an error type of its own
         raise RunError(f"weights {str(path)!r} are damaged: {error}") from error
+
+
+def _header(path: Path) -> bytes:
+    """The text at the beginning that says which tensors there are."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"a header of {size:,} bytes, where {LARGEST_HEADER:,} are read")
+        return file.read(size)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that is there twice safetensors itself takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _description(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
