@@ -10,7 +10,18 @@ from pathlib import Path
 
 import torch
 
-from tests.endurance import disk, guards, images, killing, labels, stopping, tables  # noqa: F401  they register their rows
+from tests.endurance import (  # noqa: F401  they register their rows
+    disk,
+    guards,
+    images,
+    killing,
+    labels,
+    malicious,
+    normalisation,
+    plugins,
+    stopping,
+    tables,
+)
 from tests.endurance.rows import ROWS, line
 
 
