@@ -32,7 +32,7 @@ from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.resizing import brought_to, common_shape
 from mtl.run import Run, RunResult
-from mtl.rundir import make_directory, refuse_to_overwrite
+from mtl.rundir import make_directory, refuse_unusable
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
 from mtl.task import Task, make_task
@@ -59,9 +59,8 @@ def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progre
 
 
 def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> Run:
-    """Everything a run needs, built and checked; only then is its directory made."""
-    if run_dir is not None:
-        refuse_to_overwrite(Path(run_dir))
+    """Everything a run needs, built and checked; only then is its directory made, after a trial whether it can be."""
+    refuse_unusable(run_dir)
     return composed(resolved(config), progress, lambda config: make_directory(run_dir, config))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from mtl.auto import resolved
 from mtl.config import RunConfig, from_tree
 from mtl.errors import ConfigError, MTLError, RunError
-from mtl.locking import OWN, Lock
+from mtl.locking import Lock, is_own
 from mtl.warm_start import located
 
 NOTE = "comparison.json"
@@ -68,7 +68,7 @@ def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
     """
     note, base, config = directory / NOTE, resolved(config), asked(config)
     if not note.is_file():
-        if others := sorted(one.name for one in directory.iterdir() if one.name not in OWN):
+        if others := sorted(one.name for one in directory.iterdir() if not is_own(one.name)):
             raise RunError(
                 f"{str(directory)!r} holds {others[0]!r} and no {NOTE}, so it is not a comparison's; nothing was written; give "
                 "another directory"

@@ -25,7 +25,7 @@ from mtl.build import train
 from mtl.config import RunConfig, from_tree
 from mtl.errors import DivergedError, NoCheckpointError, RunError
 from mtl.hardware import usable_cores
-from mtl.locking import OWN, Lock
+from mtl.locking import Lock, is_own
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
 from mtl.resuming import is_of, resume
@@ -182,7 +182,7 @@ def _clear(directory: Path) -> None:
         for one in directory.iterdir():
             if one.is_dir() and not one.is_symlink():
                 shutil.rmtree(one)
-            elif one.name not in OWN:
+            elif not is_own(one.name):
                 one.unlink()
 
 

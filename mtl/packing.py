@@ -28,7 +28,7 @@ from mtl.decoding import Decoders
 from mtl.errors import ConfigError, DataError, RunError
 from mtl.files import FileImages, Reading
 from mtl.hardware import usable_cores
-from mtl.locking import OWN, Lock
+from mtl.locking import Lock, is_own
 from mtl.options import problems
 from mtl.packed import BLOCK, FORMAT, MANIFEST, damaged, digest_of, read_manifest
 from mtl.progress import Progress
@@ -184,7 +184,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     note = out / NOTE
     if not note.is_file():
         if strange := sorted(
-            one.name for one in out.iterdir() if one.name not in OWN and not one.name.startswith(temporary_prefix(note))
+            one.name for one in out.iterdir() if not is_own(one.name) and not one.name.startswith(temporary_prefix(note))
         ):
             raise DataError(f"{str(out)!r} is not empty: it holds {', '.join(strange[:5])}; give a new folder")
         write_whole(note, json.dumps(about).encode())

@@ -1,4 +1,7 @@
-"""The run directory: made fresh, never overwritten, with the resolved config and the environment in it from the start."""
+"""The run directory: made fresh, never overwritten, with the resolved config and the environment in it from the start.
+
+Whether one can be written is tried out before data are loaded, and it is made when all else has been found to be right.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,26 @@ from mtl.checkpoints import FOLDER, LARGEST_STATE
 from mtl.config import RunConfig
 from mtl.errors import RunError
 from mtl.hardware import device_name
-from mtl.locking import OWN, Lock
+from mtl.locking import Lock, is_own, refuse_held, refuse_unwritable
 from mtl.strict_json import read_strict
 from mtl.writing import write_whole
 
 DISTRIBUTION = "crosstitch"
+RUNS = Path("runs")
+"""Where run directories go of which nobody said where."""
 RECORDED = (DISTRIBUTION, "torch", "torchvision", "torchmetrics", "pydantic", "numpy")
+
+
+def refuse_unusable(run_dir: str | Path | None) -> None:
+    """Complain, before anything is loaded, of a run directory in which a run could not be written. Nothing is left behind.
+
+    Raises:
+        RunError: it is in use, not empty, a file, or cannot be written.
+    """
+    if run_dir is not None:
+        refuse_held(Path(run_dir))
+        refuse_to_overwrite(Path(run_dir))
+    refuse_unwritable(RUNS if run_dir is None else Path(run_dir))
 
 
 def refuse_to_overwrite(directory: Path) -> None:
@@ -29,7 +46,7 @@ def refuse_to_overwrite(directory: Path) -> None:
     Raises:
         RunError: it holds something, or is a file.
     """
-    if directory.is_dir() and (others := sorted(one.name for one in directory.iterdir() if one.name not in OWN)):
+    if directory.is_dir() and (others := sorted(one.name for one in directory.iterdir() if not is_own(one.name))):
         hint = f"; mtl train --resume {directory} goes on with it" if "config.yaml" in others else ""
         raise RunError(
             f"run directory {str(directory)!r} is not empty; nothing was overwritten; give another, or remove it{hint}"
@@ -45,6 +62,7 @@ def make_directory(run_dir: str | Path | None, config: RunConfig) -> tuple[Path,
         RunError: it is not empty, in use, or cannot be written.
     """
     directory = Path(run_dir) if run_dir is not None else _unused(config)
+    refuse_held(directory)
     refuse_to_overwrite(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +106,7 @@ def _unwritable(directory: Path, error: OSError) -> RunError:
 
 def _unused(config: RunConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path("runs") / f"{stamp}-{config.sharing.kind}-{config.backbone.name}-seed{config.seed}"
+    base = RUNS / f"{stamp}-{config.sharing.kind}-{config.backbone.name}-seed{config.seed}"
     directory, i = base, 1
     while directory.exists():
         i += 1
