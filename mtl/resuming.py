@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from mtl.auto import resolved
 from mtl.build import composed
 from mtl.checkpoints import FOLDER, LARGEST_STATE, folder_of, newest, state_of
-from mtl.commit import committed
+from mtl.commit import POINTER, committed
 from mtl.comparison_dir import differing
 from mtl.config import RunConfig, from_tree, override, read_tree
 from mtl.errors import ConfigError, RunError
@@ -25,12 +26,14 @@ from mtl.progress import Progress, Silent
 from mtl.run import RunResult
 from mtl.rundir import note_resumed
 from mtl.strict_json import read_strict
-from mtl.trainer import fit
+from mtl.trainer import fit, out_of_patience
 
 ANY = ("data.root", "data.workers", "data.bad_files", "device", "patience", "checkpoints")
 """Keys, and sections, that may change when a run goes on: no step depends on them, but for rounding on another device."""
-LATER = ("metrics.jsonl", "result.json")
+LATER = ("metrics.jsonl", "result.json", f"{FOLDER}/{POINTER}")
 """What a run writes after its first checkpoint."""
+NOTHING_DONE: dict[str, Any] = {"epoch": 0, "partial": None}
+"""Where a run stands, as `allowed` asks, that was cut before its first checkpoint."""
 LENGTH = "epochs"
 """The key that may change where nothing was laid out over the run: with a constant rate, no warm-up and no `max_steps`."""
 
@@ -62,12 +65,13 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
         written = from_tree(tree, source=str(directory / "config.yaml"))
         config = from_tree(override(tree, overrides), source="overrides")
         if not committed(folder_of(directory)) and not any((directory / name).exists() for name in LATER):
-            return _from_the_beginning(directory, lock, config, progress)
+            changes = allowed(written, config, NOTHING_DONE, directory)
+            return _from_the_beginning(directory, lock, config, changes, progress)
         folder, wrong = newest(directory)
         stands = state_of(folder)
         changes = allowed(written, config, stands, directory)
-        if (result := _result(directory)) is not None and not _longer(config, stands):
-            progress.line(f"{directory} is finished; with a constant learning rate, epochs=N makes it longer")
+        if (result := _result(directory)) is not None and (ended := _ended(config, stands)):
+            progress.line(f"{directory} is finished; {ended}")
             return RunResult(**result)
         with as_many_threads(stands["threads"], progress):
             made = composed(
@@ -87,7 +91,9 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
             return fit(made, state)
 
 
-def _from_the_beginning(directory: Path, lock: Lock, config: RunConfig, progress: Progress) -> RunResult:
+def _from_the_beginning(
+    directory: Path, lock: Lock, config: RunConfig, changes: Sequence[str], progress: Progress
+) -> RunResult:
     """Train a run that was cut before its first checkpoint, and of which nothing is therefore lost."""
     progress.line(f"{directory} was cut before its first checkpoint, and begins anew")
     try:
@@ -103,6 +109,7 @@ def _from_the_beginning(directory: Path, lock: Lock, config: RunConfig, progress
     except BaseException:
         made.close()
         raise
+    made.notes += changes
     return fit(made)
 
 
@@ -155,8 +162,14 @@ def _may_change(key: str) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in ANY)
 
 
-def _longer(config: RunConfig, stands: dict[str, Any]) -> bool:
-    return bool(stands["epoch"] < config.epochs and stands["steps"] < (config.max_steps or stands["steps"] + 1))
+def _ended(config: RunConfig, stands: dict[str, Any]) -> str:
+    """How to go on with a run in which nothing is left to train; empty: something is."""
+    if stands["epoch"] >= config.epochs or stands["steps"] >= (config.max_steps or math.inf):
+        return "with a constant learning rate, epochs=N makes it longer"
+    best = stands["best"]
+    if out_of_patience(config.patience, stands["epoch"], best["epoch"] if best and best["figures"] else None):
+        return f"its score has not risen for patience={config.patience} epochs, and patience=N waits for more"
+    return ""
 
 
 def _result(directory: Path) -> dict[str, Any] | None:

@@ -123,9 +123,14 @@ def finished(run: Run, state: State) -> bool:
     config, best = run.config, state.best
     if state.partial is not None:
         return False
-    if config.patience is not None and best is not None and best.figures and state.epoch - best.epoch >= config.patience:
-        return True
-    return state.epoch >= config.epochs or state.steps >= (config.max_steps or math.inf)
+    scored = best.epoch if best is not None and best.figures else None
+    done = state.epoch >= config.epochs or state.steps >= (config.max_steps or math.inf)
+    return done or out_of_patience(config.patience, state.epoch, scored)
+
+
+def out_of_patience(patience: int | None, epoch: int, best: int | None) -> bool:
+    """Whether the epoch with the best validation score lies `patience` epochs back; None: there is none."""
+    return patience is not None and best is not None and epoch - best >= patience
 
 
 def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:

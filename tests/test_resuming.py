@@ -314,6 +314,41 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(tiny_config:
     assert rows(in_tmp / "cut", "exchange.jsonl") == rows(in_tmp / "whole", "exchange.jsonl")
 
 
+def test_a_run_that_was_cut_before_its_first_checkpoint_takes_no_other_config(
+    tiny_config: dict[str, Any], in_tmp: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "publish", killed)
+        with pytest.raises(Cut):
+            mtl.train(config(tiny_config), "cut")
+    written = (in_tmp / "cut" / "config.yaml").read_text()
+    with pytest.raises(mtl.ConfigError, match=r"seed: 0 -> 1: that would be another run"):
+        mtl.resume("cut", ["seed=1"])
+    assert (in_tmp / "cut" / "config.yaml").read_text() == written
+    shown = Lines()
+    mtl.resume("cut", ["patience=9"], shown)
+    assert "patience: None -> 9" in shown.lines
+
+
+def test_a_run_that_ended_for_want_of_patience_is_finished(
+    tiny_config: dict[str, Any], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(tiny_config, epochs=6, patience=1, optim={"lr": 1e-9})
+    whole = mtl.train(given.replaced(patience=None), "whole")
+    ended = mtl.train(given, "run")
+    assert (ended.epochs, ended.best_epoch) == (2, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("mtl.resuming.composed", killed)
+        shown = Lines()
+        assert vars(mtl.resume("run", progress=shown)) == vars(ended)
+        assert "patience=N waits for more" in shown.lines[0]
+        assert (in_tmp / "run" / "result.json").is_file()
+    assert mtl.resume("run", ["patience=9"]).epochs == 6
+    assert digest(in_tmp / "run") == digest(in_tmp / "whole")
+    assert (in_tmp / "run" / "result.json").is_file()
+    assert whole.epochs == 6
+
+
 def killed(*_: Any) -> None:
     """In place of what would have been done."""
     raise Cut
