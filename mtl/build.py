@@ -15,7 +15,7 @@ from mtl.auto import autocast, choose_execution, compile_units, resolved
 from mtl.balancing import Balancer
 from mtl.batched import Batched
 from mtl.batches import Feed
-from mtl.checkpoints import weights_file
+from mtl.checkpoints import read_weights_file, weights_file
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
 from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
@@ -304,7 +304,7 @@ def reopened(
     config = load(directory / "config.yaml")
     placed = config.data.model_copy(update={"root": data}) if data is not None else config.data
     config = resolved(config.replaced(device=device, data=placed, init_from={}))
-    return config, restore_heads(make_tasks(config), read_description(weights_file(directory, weights)))
+    return config, restore_heads(make_tasks(config), read_weights_file(directory, weights, read_description))
 
 
 def model_with_weights(
@@ -312,7 +312,7 @@ def model_with_weights(
 ) -> MultiTaskModel:
     """The network of a run that was `reopened`, for samples of `shape`, with its weights."""
     model = model_of(config, tasks, shape, pretrained=False)
-    load_weights(weights_file(directory, weights), model)
+    read_weights_file(directory, weights, lambda file: load_weights(file, model))
     if config.execution == "batched" and torch.device(config.device).type == "cuda":
         model.execution = Batched()
     return model

@@ -4,8 +4,10 @@
     -> renamed to NAME -> the parent synchronised -> the pointer to the newest replaced -> older ones removed
 
 Whatever moment a process is killed in, every folder that was committed before is as it was, and what was begun is no committed
-folder. Nothing is removed before something newer is on the disk. Not covered: a disk that says that it has written and has not;
-two writers at once, who keep each other out by `mtl.locking`.
+folder. Nothing is removed before something newer is on the disk. The number in its name says which folder is the newest; the
+pointer says which one was, so that a newest one that is lost is missed. A reader needs no lock: what a writer removes meanwhile
+is passed over. Not covered: a disk that says that it has written and has not; two writers at once, who keep each other out by
+`mtl.locking`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mtl.errors import RunError
+from mtl.errors import LaterVersionError, RunError
 from mtl.strict_json import read_strict
 from mtl.writing import synchronise, write_whole
 
@@ -37,6 +39,8 @@ NAME = re.compile(r"[a-z]+-[0-9]+")
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")
 DESCRIBED = {"bytes": int, "sha256": str}
 """What a manifest says of a file."""
+
+T = TypeVar("T")
 
 
 Content = bytes | Callable[[Path], None]
@@ -128,19 +132,81 @@ def committed(parent: Path) -> list[Path]:
     return sorted(found, key=lambda path: number(path.name), reverse=True)
 
 
+def listed(parent: Path) -> list[Path]:
+    """As `committed`, beside a writer: what comes and goes while names are read may be left out, though not twice alike."""
+    before = committed(parent)
+    while (found := committed(parent)) != before:
+        before = found
+    return found
+
+
+def examined(parent: Path, look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """The committed folders, the newest first, each with what `look` found. One that a writer removed meanwhile is passed over,
+    and those that it has committed since come after the others.
+    """
+    seen: set[Path] = set()
+    removed = True
+    while removed:
+        removed = False
+        for folder in listed(parent):
+            if folder in seen:
+                continue
+            seen.add(folder)
+            try:
+                found = look(folder)
+            except RunError:
+                if folder.exists():
+                    raise
+                removed = True
+                continue
+            if folder.exists():
+                yield folder, found
+            else:
+                removed = True
+
+
+def lost(parent: Path) -> str | None:
+    """What the pointer says that is not so: that a folder is the newest which is not there; or that it is missing itself. None:
+    nothing.
+
+    It may be behind, where a crash came between a folder and its pointer: before anything is removed.
+    """
+    path = parent / POINTER
+    before: object = None
+    while True:
+        if not path.exists():
+            removed = any(number(folder.name) > 1 for folder in committed(parent)[-1:])
+            return f"there is no {POINTER}, which says which folder is the newest" if removed else None
+        try:
+            said = read_strict(path, LARGEST)
+        except RunError as error:
+            return str(error)
+        name = said.get("newest") if isinstance(said, dict) else None
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            return f"{POINTER} names no checkpoint"
+        if (parent / name).is_dir():
+            return None
+        if name == before:  # twice, and so it was not a writer that has gone on
+            return f"{name} is not there, which {POINTER} says is the newest"
+        before = name
+
+
 def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> `bytes` and `sha256`.
 
     Raises:
-        RunError: none, damaged, or of a later version.
+        LaterVersionError: it is of a later version.
+        RunError: none, or damaged.
     """
     said = read_strict(folder / MANIFEST, LARGEST)
-    if not isinstance(said, dict) or not isinstance(said.get("format"), int) or not isinstance(said.get("files"), dict):
+    if not isinstance(said, dict) or not isinstance(said.get("format"), int) or said["format"] < 1:
         raise RunError(f"{str(folder / MANIFEST)!r} is no manifest")
     if said["format"] > FORMAT:
-        raise RunError(
+        raise LaterVersionError(
             f"{str(folder)!r} has format {said['format']}, and this version reads up to {FORMAT}; use the version that wrote it"
         )
+    if not isinstance(said.get("files"), dict):
+        raise RunError(f"{str(folder / MANIFEST)!r} is no manifest")
     for name, about in said["files"].items():
         described = isinstance(about, dict) and {key: type(value) for key, value in about.items()} == DESCRIBED
         if not FILE.fullmatch(name) or not described:
@@ -154,9 +220,14 @@ def faults(folder: Path, files: Sequence[str] = ()) -> Iterator[str]:
     Args:
         folder: to look at.
         files: to look at in it; none: all, and whether there are others.
+
+    Raises:
+        LaterVersionError: it is of a later version, of which this one cannot tell.
     """
     try:
         manifest = manifest_of(folder)
+    except LaterVersionError:
+        raise
     except RunError as error:
         yield str(error)
         return
@@ -174,8 +245,11 @@ def faults(folder: Path, files: Sequence[str] = ()) -> Iterator[str]:
                 yield f"{name} is not what was written: its SHA-256 differs"
         except OSError as error:
             yield f"{name}: {error.strerror or error}"
-    for name in () if files else sorted({path.name for path in folder.iterdir()} - {*manifest, MANIFEST}):
-        yield f"{name} is not in its manifest"
+    try:
+        for name in () if files else sorted({path.name for path in folder.iterdir()} - {*manifest, MANIFEST}):
+            yield f"{name} is not in its manifest"
+    except OSError as error:
+        yield f"{error.strerror or error}"
 
 
 def digest(path: Path) -> str:

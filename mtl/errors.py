@@ -41,6 +41,10 @@ class RunError(MTLError):
     """A run directory that cannot be written, read or continued."""
 
 
+class LaterVersionError(RunError):
+    """What a later version has written: nothing is wrong with it, and it is not for this one to judge, to use or to remove."""
+
+
 class DivergedError(RunError):
     """A training whose loss is no longer finite."""
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, folder_of, state_of
+from mtl.checkpoints import BEST, MODEL, STATE, STATE_FORMAT, TRAINING, folder_of, state_of
 from mtl.commit import Content, commit, committed, number
 from mtl.data import Split
 from mtl.errors import RunError
@@ -37,8 +37,6 @@ from mtl.state import (
 from mtl.strict_json import write_strict
 from mtl.weights import load_weights, read_tensors, read_weights, weights_of, write_weights
 
-FORMAT = 1
-"""Of `state.json` and the names in `training.safetensors`."""
 SHARE = 0.01
 """Of the time that training may spend on saving itself, but for what is asked for by `checkpoints.every_steps`."""
 NEW, KEPT = "checkpoint", "epoch"
@@ -156,7 +154,7 @@ def taken(run: Run, state: State, seconds: float) -> tuple[dict[str, Any], dict[
     """Everything beside the weights: values for `state.json`, and tensors by name."""
     part, best = state.partial, state.best
     values = {
-        "format": FORMAT,
+        "format": STATE_FORMAT,
         "epoch": state.epoch,
         "steps": state.steps,
         "images": state.images,
@@ -198,8 +196,6 @@ def restore(run: Run, folder: Path) -> State:
         RunError: it is of another network, of other data, of a later version, or not what was written.
     """
     values, tensors = state_of(folder), read_tensors(folder / TRAINING)
-    if values.get("format") != FORMAT:
-        raise RunError(f"{str(folder)!r} has format {values.get('format')!r}, and this version reads {FORMAT}")
     try:
         return _restored(run, folder, values, tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:

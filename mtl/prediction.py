@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtl.auto import autocast_for, usable
 from mtl.build import make_model
-from mtl.checkpoints import weights_file
+from mtl.checkpoints import read_weights_file
 from mtl.choices import choose, choose_sharing
 from mtl.classification import Classification
 from mtl.config import DataConfig, read_tree
@@ -121,9 +121,8 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         MTLError: not a run, no weights yet, or a plugin that the network needs is not there.
     """
     directory = Path(run_dir)
-    file = weights_file(directory, weights)
     tree = read_tree(directory / "config.yaml")
-    description = read_description(file)
+    description = read_weights_file(directory, weights, read_description)
     try:
         standardize = DataConfig(standardize=tree["data"]["standardize"]).standardize
         seed, written_precision = tree["seed"], tree["precision"]
@@ -145,7 +144,7 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
             "installed or by --plugin FILE.py"
         ) from error
     model = make_model(tasks, shape, backbone, sharing, standardize, seed, name, pretrained=False)
-    load_weights(file, model)
+    read_weights_file(directory, weights, lambda file: load_weights(file, model))
     arrays = frozenset(value for options in said for value in options.values() if isinstance(value, str))
     return Restored(model.eval(), shape, dtype, torch.device(name), precision, arrays)
 

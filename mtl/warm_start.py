@@ -6,18 +6,21 @@ trunk's part and the task's own, put together. Weights are safetensors; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from mtl.checkpoints import weights_file
+from mtl.checkpoints import read_weights_file
 from mtl.config import InitFrom
 from mtl.errors import ConfigError, RunError, unknown
 from mtl.model import MultiTaskModel
 from mtl.weights import checked_description, is_of_run, load_state, read_tensors, read_weights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,14 @@ def located(task: str, given: InitFrom) -> InitFrom:
         ConfigError: nothing there, or a file that is no longer the one whose digest the config holds.
     """
     path = given.path.absolute()
-    try:
-        file = _file(path, given.weights)
-    except RunError as error:
-        raise ConfigError([f"init_from.{task}: {error}; give another run, or a .safetensors file"]) from None
-    if not file.is_file():
+    if not path.is_file() and not path.is_dir():
         raise ConfigError(
             [f"init_from.{task}: {str(path)!r}: no such file or run; give a run directory or a .safetensors file"]
         )
-    with open(file, "rb") as stream:
-        digest = file_digest(stream, "sha256").hexdigest()[:12]
+    try:
+        file, digest = _read(path, given.weights, _with_digest)
+    except RunError as error:
+        raise ConfigError([f"init_from.{task}: {error}; give another run, or a .safetensors file"]) from None
     if given.digest is not None and digest != given.digest:
         raise ConfigError(
             [
@@ -56,8 +57,14 @@ def located(task: str, given: InitFrom) -> InitFrom:
     return given.model_copy(update={"path": path, "digest": digest})
 
 
-def _file(path: Path, weights: str) -> Path:
-    return weights_file(path, weights) if path.is_dir() else path
+def _read(path: Path, weights: str, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a run's weights, or of a file."""
+    return read_weights_file(path, weights, read) if path.is_dir() else read(path)
+
+
+def _with_digest(file: Path) -> tuple[Path, str]:
+    with open(file, "rb") as stream:
+        return file, file_digest(stream, "sha256").hexdigest()[:12]
 
 
 def source(task: str, given: InitFrom) -> Source:
@@ -66,11 +73,9 @@ def source(task: str, given: InitFrom) -> Source:
     Raises:
         ConfigError: the run trained several tasks, and not this one; RunError: damaged.
     """
-    file = _file(given.path, given.weights)
-    if not is_of_run(file):
-        return Source(str(file), read_tensors(file), None)
-    state, description = read_weights(file)
-    description = checked_description(file, description)
+    file, state, description = _read(given.path, given.weights, _contents)
+    if description is None:
+        return Source(str(file), state, None)
     trained, name = [one["name"] for one in description["tasks"]], given.task or task
     if name not in trained:
         raise ConfigError(
@@ -81,6 +86,14 @@ def source(task: str, given: InitFrom) -> Source:
         )
     network = {**_under("trunk", state), **_under(f"towers.{name}", state)}
     return Source(str(file), network, _under(f"heads.{name}", state) if name == task else None)
+
+
+def _contents(file: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any] | None]:
+    """Of a run's weights, and of others without a description."""
+    if not is_of_run(file):
+        return file, read_tensors(file), None
+    state, description = read_weights(file)
+    return file, state, checked_description(file, description)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -314,9 +314,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(tiny_config:
     assert rows(in_tmp / "cut", "exchange.jsonl") == rows(in_tmp / "whole", "exchange.jsonl")
 
 
-def test_a_run_that_was_cut_before_its_first_checkpoint_takes_no_other_config(
-    tiny_config: dict[str, Any], in_tmp: Path
-) -> None:
+def test_a_run_cut_before_its_first_checkpoint_takes_no_other_config(tiny_config: dict[str, Any], in_tmp: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "publish", killed)
         with pytest.raises(Cut):
