@@ -328,12 +328,12 @@ EVERY = ("resume", "evaluate", "predict", "init_from", "verify")
 
 def fill(rig: Rig, short: bool) -> None:
     """Every hostile thing for everything that reads it; in the short form a part of them."""
-    step = 9 if short else 1
+    step = 20 if short else 1
     for i, (name, (text, word)) in enumerate(documents(rig.config, rig.canary).items()):
         data = text if isinstance(text, bytes) else text.encode()
         file = rig.folder / f"{i}.yaml"
         file.write_bytes(data)
-        if not short or i % 3 == 0:
+        if not short or i % 4 == 0:
             rig.case(f"config: {name}", ["train", str(file), "--run-dir", str(rig.folder / f"of{i}")], word)
         if i % step:
             continue
@@ -347,7 +347,7 @@ def fill(rig: Rig, short: bool) -> None:
     base = str(rig.folder / "good.yaml")
     rig.case("compare: arms with a call", ["compare", base, "--arms", str(rig.folder / "arms.yaml")], "tags are not read")
     rig.case("override: a call", ["train", base, f"seed=!!python/object/apply:os.system ['touch {rig.canary}']"], "tags are")
-    for name, data in [*weights(rig.canary).items()][:: 5 if short else 1]:
+    for name, data in [*weights(rig.canary).items()][:: 9 if short else 1]:
         files = dict.fromkeys(("model.safetensors", "best.safetensors", "training.safetensors"), data)
         entries = EVERY[:-1] if name == "tensors of nobody" else EVERY
         rig.cases(f"in place of weights {name}", lambda at, files=files: sealed(at, files), entries)  # type: ignore[misc]
@@ -357,17 +357,17 @@ def fill(rig: Rig, short: bool) -> None:
         rig.case(f"init_from: a file that is {name}", ["train", base, f"init_from.kind={plain}", "--run-dir", new])
         files = {"training.safetensors": data}
         rig.cases(f"in place of moments {name}", lambda at, files=files: sealed(at, files), ("resume",))  # type: ignore[misc]
-    for name, data in [*descriptions().items()][:: 4 if short else 1]:
+    for name, data in [*descriptions().items()][:: 5 if short else 1]:
         files = {"model.safetensors": data, "best.safetensors": data}
         rig.cases(f"weights with {name}", lambda at, files=files: sealed(at, files), EVERY[:-1])  # type: ignore[misc]
     state = json.loads((rig.checkpoint / "state.json").read_text())
     for i, (name, data) in enumerate(states(state, rig.canary).items()):
-        if i % (6 if short else 1) == 0:
+        if i % (8 if short else 1) == 0:
             own = ("resume", "verify", "evaluate") if i < 15 and name != "four million lists" else ("resume",)
             files = {"state.json": data}
             rig.cases(f"a state of {name}", lambda at, files=files: sealed(at, files), own)  # type: ignore[misc]
     manifest = json.loads((rig.checkpoint / "manifest.json").read_text())
-    for name, data in [*manifests(manifest).items()][:: 5 if short else 1]:
+    for name, data in [*manifests(manifest).items()][:: 7 if short else 1]:
         entries = ("resume", "verify") if name == "a file that is not there" else EVERY
         rig.cases(f"a manifest with {name}", lambda at, data=data: replace(at / "manifest.json", data), entries)  # type: ignore[misc]
     rig.cases("a pipe as weights", lambda at: sealed(at, dict.fromkeys(WEIGHTS, os.mkfifo)), EVERY, "is no file")

@@ -149,7 +149,7 @@ def batch_norm_is_honest(folder: Path, short: bool) -> Cases:
             evaluation(cases, f"{network}, {kind}", made)
             made.close()
     for seed in range(1 if short else 3):
-        for name, more in [*ALONE.items()][: 2 if short else None]:
+        for name, more in [*ALONE.items()][: 1 if short else None]:
             without = {**more, "data": {**more.get("data", {}), "datasets": {}}}
             alone = trained(config("low", seed=seed, **without), folder / f"{name}{seed} alone")
             orders = [("low", "high")] if short else [("low", "high"), ("high", "low")]

@@ -251,7 +251,7 @@ def scales(cases: Cases, folder: Path, short: bool) -> None:
     )
     for sharing in ("unshared", "cross_stitch"):
         towers: dict[int, int] = {}
-        for count in (2, 10, 30) if short else (2, 10, 100):
+        for count in (2, 10) if short else (2, 10, 100):
             made = run(config(count, sharing=sharing), folder / f"{sharing}{count}")
             made.model.train()
             train_step(made, next(iter(made.feed.epoch(1))))
