@@ -1,0 +1,1 @@
+"""Runs that earlier versions wrote, which every later one must read."""
