@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.endurance import (  # noqa: F401  they register their rows
+    damage,
+    directories,
     disk,
     guards,
     images,
@@ -14,7 +16,9 @@ from tests.endurance import (  # noqa: F401  they register their rows
     labels,
     malicious,
     normalisation,
+    older,
     plugins,
+    resumption,
     stopping,
     tables,
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from tests.endurance import (  # noqa: F401  they register their rows
+    damage,
+    directories,
     disk,
     guards,
     images,
@@ -18,7 +20,9 @@ from tests.endurance import (  # noqa: F401  they register their rows
     labels,
     malicious,
     normalisation,
+    older,
     plugins,
+    resumption,
     stopping,
     tables,
 )
