@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tests.endurance.rig import Rig, rig
 from tests.endurance.rows import Cases, row
-from tests.endurance.victims import LOCKED, SAVED, Ended, Nursery, Strike, can_be_apart, each
+from tests.endurance.victims import FILLED, LOCKED, SAVED, Ended, Nursery, Strike, can_be_apart, each
 
 DISK, LIMIT, SMALL = "disk", "limit", "small"
 """A small disk that is filled when a file is about to be written; a limit to the size of files from then on; a disk that is too
 small from the beginning."""
 AT_FIRST, LATER = 1, 3
-FILLED = (
+PLACES = (
     *((file, time) for file in ("model", "best", "training", "state", "manifest", "last.json") for time in (AT_FIRST, LATER)),
     *((file, AT_FIRST) for file in ("metrics", "exchange", "events", "set_aside", "result")),
 )
@@ -31,7 +31,7 @@ LIMITED = (
 )
 SIZES = 10
 """Disks that are too small."""
-ROOM, MORE_ROOM = "2m", "64m"
+ROOM, MORE_ROOM = "32m", "64m"
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def fill_and_go_on(rig: Rig, folder: Path, nursery: Nursery, case: Full) -> str:
                 return f"it was not killed: {killed.status}"
             arguments = rig.resume(run_dir)
         ended = nursery.run(run_dir, arguments, None, **({} if case.how == SMALL else plan))
+        if case.how != SMALL and FILLED not in ended.news:
+            return f"it did not come to that: {ended.said[-300:]}"
         if wrong := wrong_end(ended):
             return wrong
         if on_disk:
@@ -106,7 +108,7 @@ def used(rig: Rig, folder: Path, nursery: Nursery, _: None) -> int:
 def a_full_disk_is_survivable(folder: Path, short: bool) -> Cases:
     cases, made, draw, apart = Cases(), rig(short), random.Random(0), can_be_apart()
     how = DISK if apart else LIMIT
-    filled = [Full(how, *one) for one in FILLED] + [Full(how, file, again=True) for file in AGAIN]
+    filled = [Full(how, *one) for one in PLACES] + [Full(how, file, again=True) for file in AGAIN]
     limited = [Full(LIMIT, *one) for one in LIMITED]
     if apart:
         [most] = each(partial(used, made, folder), [None], made.at_once, apart)

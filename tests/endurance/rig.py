@@ -25,7 +25,7 @@ from torchvision.io import write_png
 
 import mtl
 from mtl.checkpoints import STATE, newest
-from tests.endurance.victims import BEGUN, SAVED, SAVING, TESTING, VALIDATING, Ended, command, each
+from tests.endurance.victims import BEGUN, OVER, SAVED, SAVING, TESTING, VALIDATING, Ended, command, each
 
 IMAGES, STEPS, EVERY = 2048, 60, 5
 TABLE = "rig.csv"
@@ -155,6 +155,6 @@ def rig(short: bool) -> Rig:
         "save": median(b - a for a, b in zip(saving, saved, strict=True)),
         "between": median(b - a for a, b in zip(saved, saving[1:], strict=False)),
         "validation": saved[-1] - ended.when(VALIDATING)[-1],
-        "test": ended.ended - ended.when(TESTING)[0],
+        "test": ended.when(OVER)[0] - ended.when(TESTING)[0],
     }
     return replace(made, reference=reference, pace=pace)

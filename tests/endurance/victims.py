@@ -35,10 +35,10 @@ from typing import Any, NoReturn, TypeVar
 
 T, R = TypeVar("T"), TypeVar("R")
 
-BEGUN, SAVING, PUBLISHED, SAVED, VALIDATING, TESTING, DECODING, STEP, OVER, LATE, LOCKED = "bspevtdxozl"
+BEGUN, SAVING, PUBLISHED, SAVED, VALIDATING, TESTING, DECODING, STEP, FILLED, OVER, LATE, LOCKED = "bspevtdxfozl"
 """News of a child: the command line begins; a save begins, is committed, is over; validation and test begin; processes that
-decode are started; the step that was asked for is done; the command line is over; a signal came after that; the run's directory
-is still locked then."""
+decode are started; the step that was asked for is done; there is no room any more; the command line is over; a signal came after
+that; the run's directory is still locked then."""
 MARK = "MTL_ENDURANCE"
 """A variable of the environment of whatever a child starts: its value is the run's directory."""
 PATIENCE = 180.0
@@ -325,16 +325,17 @@ def _child(arguments: list[str], run_dir: str, pipes: list[str], plan: dict[str,
     os.close(said)
     os.environ[MARK] = run_dir
     sys.argv = ["mtl", *arguments]
-    status = 0
+    status, how = 0, None
     try:
         _report(news, plan.pop("step", None))
-        _obey(run_dir, **plan)
+        _obey(news, run_dir, **plan)
         cli.main()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
+        how = error  # and with it whatever the run has not let go of
+    except BaseException as error:
         traceback.print_exc()
-        status = 1
+        status, how = 1, error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(news, LATE.encode()))
     os.write(news, OVER.encode())
@@ -345,6 +346,7 @@ def _child(arguments: list[str], run_dir: str, pipes: list[str], plan: dict[str,
             FileLock(lock).acquire(timeout=0)
         except Timeout:
             os.write(news, LOCKED.encode())
+    del how
     if not status:
         time.sleep(LINGER)
     os._exit(status)
@@ -406,6 +408,7 @@ def _report(news: int, step: int | None) -> None:
 
 
 def _obey(
+    news: int,
     run_dir: str,
     die: tuple[str, int] | None = None,
     full: tuple[str, int] | None = None,
@@ -415,6 +418,7 @@ def _obey(
     """Wrap what is to go wrong.
 
     Args:
+        news: where to tell that the disk is full.
         run_dir: of the run.
         die: a point of the path of a save, and at which time that it is passed the process kills itself there.
         full: a file, and at which time that it is written the disk is full.
@@ -424,7 +428,13 @@ def _obey(
     if die is not None:
         _die_at(*die)
     if full is not None:
-        _fill_at(Path(run_dir), *full, fill=_fill_disk if how == "disk" else _limit_files)
+        fill = _fill_disk if how == "disk" else _limit_files
+
+        def told(run_dir: Path, path: Path) -> None:
+            fill(run_dir, path)
+            os.write(news, FILLED.encode())
+
+        _fill_at(Path(run_dir), *full, fill=told)
     if slow is not None:
         from mtl import trainer
 
