@@ -116,7 +116,7 @@ def a_full_disk_is_survivable(folder: Path, short: bool) -> Cases:
     else:
         sizes = [Full(LIMIT, "", draw.randint(1, made.steps)) for _ in range(SIZES)]
     if short:
-        filled, limited, sizes = filled[::5], limited[::4], sizes[:2]
+        filled, limited, sizes = filled[::7], limited[::6], sizes[:1]
     tried = filled + limited + sizes
     for case, wrong in zip(tried, each(partial(fill_and_go_on, made, folder), tried, made.at_once, apart), strict=True):
         cases.check(str(case), not wrong, wrong)

@@ -96,10 +96,10 @@ def cut_once(short: bool) -> tuple[list[Trial], list[Trial]]:
         return nursery.run(run_dir, made.begin(run_dir), die=(point, time))
 
     moments = []
-    for i in range(2 if short else 25):
+    for i in range(1 if short else 25):
         strike = Strike(SAVING, draw.randint(1, saves), draw.random() * made.pace["save"])
         moments.append((f"in a save {i}", partial(at_random, strike), 0))
-    for i in range(2 if short else 20):
+    for i in range(1 if short else 20):
         after = draw.randint(0, saves - 1)
         until = made.pace["between"] if after else made.pace["start"]
         strike = Strike(SAVED if after else BEGUN, max(after, 1), draw.random() * until)
@@ -107,7 +107,7 @@ def cut_once(short: bool) -> tuple[list[Trial], list[Trial]]:
     for i in range(0 if short else 5):
         strike = Strike("", 0, draw.random() * (saves - 1) * made.pace["between"])
         moments.append((f"the command {i}", partial(by_command, strike), 2))
-    points = POINTS[1::4] if short else POINTS
+    points = POINTS[1::7] if short else POINTS
     named = [
         (f"{point}, {'first' if time == 1 else 'a later'} time", partial(at_point, point, time), 0)
         for point in points

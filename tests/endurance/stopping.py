@@ -155,13 +155,13 @@ def orphaned(rig: Rig, folder: Path, nursery: Nursery, case: tuple[int, Strike])
 @row(8, "no orphans")
 def nothing_is_left(folder: Path, short: bool) -> Cases:
     cases, made, draw = Cases(), rig(short), random.Random(0)
-    kinds = [(signal.SIGKILL, 2 if short else 20), (signal.SIGTERM, 1 if short else 5)]
+    kinds = [(signal.SIGKILL, 1 if short else 20), (signal.SIGTERM, 1 if short else 5)]
     tried = []
     for number, count in kinds:
-        for i in range(count):
+        for _ in range(count):
             early = Strike(DECODING, 1, draw.random() * START_SECONDS, (number,))
             late = Strike(SAVED, draw.randint(1, 3), draw.random() * made.pace["between"], (number,))
-            tried.append((len(tried), late if i % 2 else early))
+            tried.append((len(tried), late if len(tried) % 2 else early))
     ends = each(partial(orphaned, made, folder), tried, made.at_once, can_be_apart())
     for (i, strike), (wrong, _) in zip(tried, ends, strict=True):
         when = "while they start" if strike.news == DECODING else "while they decode"

@@ -37,8 +37,8 @@ T, R = TypeVar("T"), TypeVar("R")
 
 BEGUN, SAVING, PUBLISHED, SAVED, VALIDATING, TESTING, DECODING, STEP, FILLED, OVER, LATE, LOCKED = "bspevtdxfozl"
 """News of a child: the command line begins; a save begins, is committed, is over; validation and test begin; processes that
-decode are started; the step that was asked for is done; there is no room any more; the command line is over; a signal came after
-that; the run's directory is still locked then."""
+decode are started; the step that was asked for is done; there is no room any more; the command line is over; a signal came
+after that; the run's directory is still locked then."""
 MARK = "MTL_ENDURANCE"
 """A variable of the environment of whatever a child starts: its value is the run's directory."""
 PATIENCE = 180.0
