@@ -83,7 +83,7 @@ def cut(rig: Rig, folder: Path, nursery: Nursery, case: tuple[str, Callable[[Nur
 def cut_once(short: bool) -> tuple[list[Trial], list[Trial]]:
     """Runs that are killed at random moments, and those that are at the points of a save."""
     made, draw = rig(short), random.Random(0)
-    folder = Path(tempfile.mkdtemp(dir=made.folder.name))
+    folder = Path(tempfile.mkdtemp(dir=made.folder))
     saves = made.steps // 5
 
     def at_random(strike: Strike, nursery: Nursery, run_dir: Path, tries: int) -> Ended:
@@ -155,7 +155,7 @@ def cut_often_once(rig: Rig, folder: Path, nursery: Nursery, case: tuple[str, li
 def cut_often(short: bool) -> list[Trial]:
     """Runs that are killed many times."""
     made, draw = rig(short), random.Random(0)
-    folder = Path(tempfile.mkdtemp(dir=made.folder.name))
+    folder = Path(tempfile.mkdtemp(dir=made.folder))
     runs, kills = (2, 3) if short else (20, 10)
     cases = []
     for i in range(runs):

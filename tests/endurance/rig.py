@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,12 +19,12 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
-from torchvision.io import write_png
 
 import mtl
 from mtl.checkpoints import STATE, newest
-from tests.endurance.victims import BEGUN, OVER, SAVED, SAVING, TESTING, VALIDATING, Ended, command, each
+from tests.endurance.victims import BEGUN, OVER, SAVED, SAVING, TESTING, VALIDATING, Ended, command, each, temporary
 
 IMAGES, STEPS, EVERY = 2048, 60, 5
 TABLE = "rig.csv"
@@ -51,7 +50,7 @@ def write_images(root: Path, count: int = IMAGES) -> None:
         table = csv.writer(file)
         table.writerow(["path", *labels])
         for i in range(count):
-            write_png(images[i], str(root / "photos" / f"{i:04d}.png"))
+            Image.fromarray(images[i, 0].numpy()).save(root / "photos" / f"{i:04d}.png")
             table.writerow([f"photos/{i:04d}.png", *(f"{name}{int(of[i])}" for name, of in labels.items())])
 
 
@@ -106,7 +105,7 @@ def digest(run_dir: Path) -> str:
 class Rig:
     """The data, a run's config, and what is known of the run that nobody disturbs."""
 
-    folder: tempfile.TemporaryDirectory[str]
+    folder: Path
     config: Path
     steps: int
     at_once: int
@@ -134,14 +133,13 @@ class Rig:
 @cache
 def rig(short: bool) -> Rig:
     """Made once for all rows: in full, or a smaller one of 20 steps. One line of its table is set aside."""
-    folder = tempfile.TemporaryDirectory()
-    root = Path(folder.name)
+    root = temporary()
     write_images(root, 640 if short else IMAGES)
     with open(root / TABLE, "a", encoding="utf-8") as file:
         file.write("photos/none.png\n")
     config, steps = root / "rig.yaml", 20 if short else STEPS
     config.write_text(yaml.safe_dump(tree(root, max_steps=steps)), encoding="utf-8")
-    made = Rig(folder, config, steps, 1 if short else 2, "", {})
+    made = Rig(root, config, steps, 1 if short else 2, "", {})
     [ended] = each(lambda nursery, run_dir: nursery.run(run_dir, made.begin(run_dir)), [root / "uncut"], made.at_once)
     assert not ended.status, ended.said
     reference = digest(root / "uncut")

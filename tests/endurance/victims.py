@@ -16,6 +16,7 @@ import os
 import queue
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,13 @@ TRIES = 5
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
+
+
+def temporary() -> Path:
+    """A folder that is there as long as this process is."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Nursery:
         root = str(Path(__file__).parents[2])
         places = [root, f"{root}/tasks", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), **SINGLE}
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = temporary()
         self._process = subprocess.Popen(
             ["unshare", "-rm", *program] if apart else program,
             stdin=subprocess.PIPE,
@@ -128,7 +136,6 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
-        self._folder.cleanup()
 
     def seen(self, path: Path) -> Path:
         """A path of the nursery's, as the host can open it."""
@@ -143,7 +150,7 @@ class Nursery:
     def run(self, run_dir: Path, arguments: Sequence[str], strike: Strike | None = None, **plan: Any) -> Ended:
         """Fork a child that runs `mtl` with these arguments; wait for its end, and strike meanwhile. `plan`: see `_obey`."""
         number = next(self._numbers)
-        pipes = [Path(self._folder.name) / f"{name}{number}" for name in ("news", "said")]
+        pipes = [self._folder / f"{name}{number}" for name in ("news", "said")]
         for pipe in pipes:
             os.mkfifo(pipe)
         news, said = (os.open(pipe, os.O_RDONLY | os.O_NONBLOCK) for pipe in pipes)
@@ -507,7 +514,7 @@ def _die_at(point: str, time_passed: int) -> None:
             for file in sorted(folder.iterdir())[: 0 if point == "pruning" else 2]:
                 file.unlink()
             kill_myself()
-        shutil.rmtree(folder, **named)
+        remove(folder, **named)
 
     def committed(*given: Any) -> Any:
         done = keep(*given)
@@ -515,7 +522,7 @@ def _die_at(point: str, time_passed: int) -> None:
             kill_myself()
         return done
 
-    write_whole, write_file, shutil, keep = commit.write_whole, commit.write_file, commit.shutil, keeping.commit
+    write_whole, write_file, remove, keep = commit.write_whole, commit.write_file, shutil.rmtree, keeping.commit
     if point == "log":
         Rows.synchronise = before(Rows.synchronise)  # type: ignore[method-assign]
     elif point in FILES:
