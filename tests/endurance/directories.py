@@ -22,7 +22,9 @@ from tests.endurance.rows import Cases, row
 
 LIMIT = 5.0
 """Seconds in which an output that cannot be written is refused, beyond the start of Python and torch."""
-SLOW = '''
+SLOW = 8.0
+"""Seconds that data take which must not be waited for."""
+PLUGIN = '''
 """A dataset that takes its time, and says in a file that it was asked for."""
 import time
 from pathlib import Path
@@ -46,7 +48,7 @@ mtl.register_task("slow_t")(lambda: mtl.Task("slow", "t", mtl.Classification(("e
 
 def config(folder: Path, seconds: float, **changes: Any) -> list[str]:
     """The arguments of a small run, whose data take so long."""
-    (folder / "slow.py").write_text(SLOW, encoding="utf-8")
+    (folder / "slow.py").write_text(PLUGIN, encoding="utf-8")
     tree = {
         "tasks": ["slow_t"],
         "backbone": {"name": "mlp", "widths": [4]},
@@ -93,7 +95,7 @@ def mounted(place: Path, *arguments: object) -> Ended | None:
 
 @row(6, "an unwritable output fails at once")
 def unwritable_outputs(folder: Path, short: bool) -> Cases:
-    cases, train = Cases(), config(folder, 30.0)
+    cases, train = Cases(), config(folder, SLOW)
     (folder / "file").write_text("somebody's")
     (folder / "dangling").symlink_to(folder / "nowhere" / "at all")
     (folder / "readonly").mkdir()
@@ -111,7 +113,7 @@ def unwritable_outputs(folder: Path, short: bool) -> Cases:
     run = folder / "run"
     forked([Call(["train", *quick, "--run-dir", str(run)], kill_after=1)])
     (folder / "asked").unlink()
-    config(folder, 30.0)
+    config(folder, SLOW)
     commands: dict[str, list[str]] = {}
     for name, place in places.items():
         commands[f"train, {name}"] = ["train", *train, "--run-dir", place]
@@ -131,7 +133,7 @@ def unwritable_outputs(folder: Path, short: bool) -> Cases:
         [Call(["train", *quick, "sharing={kind: split, at: nowhere}", "--run-dir", str(folder / "new" / "run")])]
     )[0]
     cases.check("a mistake that is found later leaves no directory", mistaken.status == 2 and not (folder / "new").exists())
-    config(folder, 30.0)
+    config(folder, SLOW)
     imports = import_seconds()
     outputs = {"train": ["train", *train, "--run-dir", str(folder / "readonly" / "run")]}
     if not short:
@@ -147,7 +149,7 @@ def unwritable_outputs(folder: Path, short: bool) -> Cases:
             cases.check(f"{name}, a read-only mount: it says so", "Read-only file system" in one.err, one.err[-200:])
             count += 1
     mounts = f"{count} as the command on a read-only mount" if count else "no mounts could be made"
-    cases.notes.append(f"{len(commands)} forked, data of 30 s; {mounts}")
+    cases.notes.append(f"{len(commands)} forked, data of {SLOW:.0f} s; {mounts}")
     return cases
 
 
