@@ -22,16 +22,28 @@ class Aside:
     Args:
         directory: of the run.
         samples: split -> dataset -> its samples.
+        writes: whether this process writes the list.
     """
 
-    def __init__(self, directory: Path, samples: Mapping[Split, Mapping[str, Samples]]) -> None:
+    def __init__(self, directory: Path, samples: Mapping[Split, Mapping[str, Samples]], writes: bool = True) -> None:
         self.directory = directory
+        self.writes = writes
         self.samples = samples
         self._told: dict[str, dict[str, int]] = {}
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Dataset -> why -> how many, of datasets of which something was set aside."""
         return {name: dict(found) for name in self._parts() if (found := self._counted(name))}
+
+    def unreadable(self) -> dict[tuple[Split, str], dict[bytes, str]]:
+        """Split and dataset -> the image files of it that this process could not read, and why."""
+        parts = {(split, name): part for split, of in self.samples.items() for name, part in of.items()}
+        return {key: dict(found) for key, part in parts.items() if (found := _unreadable(part))}
+
+    def add(self, found: Mapping[tuple[Split, str], Mapping[bytes, str]]) -> None:
+        """Take note of what another process gives as `unreadable`."""
+        for (split, name), why in found.items():
+            _unreadable(self.samples[split][name]).update(why)
 
     def news(self) -> list[str]:
         """A line for each dataset of which something new was set aside; the list is then written again.
@@ -42,10 +54,11 @@ class Aside:
         new = {name: found for name, found in self.counts().items() if self._told.get(name) != found}
         if new:
             self._told |= new
-            try:
-                write_csv(self.directory / LIST, ("dataset", "where", "why"), self._listed())
-            except OSError as error:
-                raise RunError(f"cannot write {str(self.directory / LIST)!r}: {error.strerror or error}") from None
+            if self.writes:
+                try:
+                    write_csv(self.directory / LIST, ("dataset", "where", "why"), self._listed())
+                except OSError as error:
+                    raise RunError(f"cannot write {str(self.directory / LIST)!r}: {error.strerror or error}") from None
         many = {name: "; ".join(f"{count:,} {why}" for why, count in found.items()) for name, found in new.items()}
         some = {name: "the first of them " * (sum(found.values()) > LISTED) for name, found in new.items()}
         return [

@@ -19,7 +19,7 @@ from mtl.batches import first
 from mtl.config import RunConfig
 from mtl.data import Samples, data_root
 from mtl.errors import ConfigError, MTLError, said
-from mtl.hardware import computes_in_bf16, usable_cores
+from mtl.hardware import computes_in_bf16, processes_here, usable_cores
 from mtl.model import MultiTaskModel
 from mtl.seeding import seeded
 from mtl.warm_start import located
@@ -37,10 +37,12 @@ def resolved(config: RunConfig) -> RunConfig:
 
     device: CUDA where there is one, else the CPU. precision: bf16 on a CUDA device of compute capability 8 or more and on CPUs
     with bf16 instructions (AVX512-BF16, AMX), else fp32. data.workers: as many as the cores that this process may use, at most
-    16.
+    16; several processes of one training share them.
     """
     name, precision = usable(config.device, config.precision)
-    workers = min(usable_cores(), MOST_WORKERS) if config.data.workers == "auto" else config.data.workers
+    workers = (
+        min(max(usable_cores() // processes_here(), 1), MOST_WORKERS) if config.data.workers == "auto" else config.data.workers
+    )
     data = config.data.model_copy(update={"root": data_root(config.data.root).absolute(), "workers": workers})
     starts = {task: located(task, given) for task, given in config.init_from.items()}
     return config.replaced(device=name, precision=precision, data=data, init_from=starts)

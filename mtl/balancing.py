@@ -28,6 +28,9 @@ class Balancer(nn.Module, ABC):
     needs_finite: ClassVar[bool] = True
     """Whether losses and gradients that are not finite would make it fail, or stay in what it remembers. Then it is shown none,
     for which the host waits for a GPU at every step."""
+    in_parallel: ClassVar[bool] = False
+    """Whether several processes, each with its share of a batch, may use it: it differentiates one number, made of the losses
+    of whole batches and the same in all of them."""
 
     @abstractmethod
     def backward(
@@ -72,6 +75,8 @@ class Balancer(nn.Module, ABC):
 
 class Scalarization(Balancer):
     """A balancer that combines the losses into one number and differentiates that."""
+
+    in_parallel = True
 
     @abstractmethod
     def combine(self, losses: Tensor) -> Tensor:
@@ -122,9 +127,11 @@ class RandomWeighting(Scalarization):
     """Random loss weighting (Lin et al. 2022, arXiv 2111.10603): fresh weights softmax(z), z ~ N(0, I), every step.
 
     Differs from the paper by the factor T, so that the expected objective is the plain sum and a learning rate carries over.
+    One process: others would draw other weights.
     """
 
     needs_finite = False
+    in_parallel = False
 
     def combine(self, losses: Tensor) -> Tensor:
         """T sum_t softmax(z)_t losses[t]"""

@@ -8,6 +8,7 @@ are files are decoded ahead of it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Augment(Options):
 class Batch:
     """Some samples of one dataset: images (B, ...) in their own dtype, targets and masks of its tasks.
 
-    `index` (B,) are their numbers in the split, where somebody may ask for them: in training.
+    `index` (B,) are their numbers in the split, where somebody may ask for them: in training. `whole` is how many samples the
+    batch has in all processes; None: these are all.
     """
 
     dataset: str
@@ -68,9 +70,15 @@ class Batch:
     targets: Mapping[str, Tensor]
     valid: Mapping[str, Tensor | None]
     index: Tensor | None = None
+    whole: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def count(self) -> int:
+        """Samples of the batch in all processes."""
+        return len(self) if self.whole is None else self.whole
 
     def labels(self, task: str) -> int | Tensor:
         """How many labels of a task there are; a tensor on the device where some are missing."""
@@ -99,6 +107,7 @@ class Feed:
             in an order of its own; a shorter one sees a part, another one each time.
         mixing: of several datasets.
         balanced: tasks whose classes are drawn equally often, one of a dataset at most.
+        share: (rank, count) of the process, of several that share every batch.
 
     Raises:
         ConfigError: augmentation of what is no image, or classes to be balanced that are none.
@@ -114,6 +123,7 @@ class Feed:
         epoch_steps: int | None = None,
         mixing: Mixing | None = None,
         balanced: Sequence[str] = (),
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.samples = {name: samples[name] for name in sorted(samples)}
         self.augment = augment or Augment()
@@ -124,6 +134,7 @@ class Feed:
                 raise ConfigError([f"data.augment.crop={self.augment.crop} is not below the image size {part.shape[-2:]}"])
         self.seed = seed
         self.accumulate = accumulate
+        self.share = share
         mixing = mixing or Mixing()
         counts = {name: len(part) for name, part in self.samples.items()}
         self.batch_sizes = mixing.batch_sizes(counts, batch_size)
@@ -186,9 +197,20 @@ class Feed:
         part, bounds = self.samples[name], self.bounds[name][first:]
         order = self._epoch_order(name, epoch)
         device = part.images.device
-        index, sample = order.to(device), (order + earlier(order) * len(part)).to(device)
-        for (a, b), (images, unread) in zip(bounds, part.image_batches(bounds, order), strict=True):
-            yield _batch(part, index[a:b], self.augment(images, sample[a:b], self.seed, "augment", name, epoch), unread)
+        sample = order + earlier(order) * len(part)
+        wholes = [b - a for a, b in bounds]
+        if self.share[1] > 1 and bounds:
+            shares = [share_of(a, b, *self.share) for a, b in bounds]
+            places, padded = [torch.tensor(mine) for mine, _ in shares], [padding for _, padding in shares]
+            order, sample = order[torch.cat(places)], sample[torch.cat(places)]
+            bounds = list(itertools.pairwise(itertools.accumulate(map(len, places), initial=0)))
+        else:
+            padded = [[] for _ in bounds]
+        index, sample = order.to(device), sample.to(device)
+        batches = zip(bounds, part.image_batches(bounds, order), wholes, padded, strict=True)
+        for (a, b), (images, unread), whole, padding in batches:
+            images = self.augment(images, sample[a:b], self.seed, "augment", name, epoch)
+            yield _batch(part, index[a:b], images, [*unread, *padding], whole)
 
     def _order(self, name: str, epoch: int, turn: int) -> Tensor:
         """Of the samples of a dataset in one of its passes in an epoch."""
@@ -210,9 +232,27 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
-def in_order(part: Samples, batch_size: int) -> Iterator[Batch]:
-    """The samples of a split in their own order, for evaluation: of what is in memory slices, without a copy."""
-    bounds = [(a, min(a + batch_size, len(part))) for a in range(0, len(part), batch_size)]
+def share_of(start: int, stop: int, rank: int, count: int) -> tuple[list[int], list[int]]:
+    """A process's share of a batch: every `count`-th position, and which of its own places only fill it up.
+
+    All shares have the same length, at least 2, for batch norm refuses one; what fills them up is the batch's first samples
+    again, and is not to be counted.
+
+    >>> share_of(10, 15, 1, 2)
+    ([11, 13, 10], [2])
+    """
+    mine = list(range(start + rank, stop, count))
+    length = max(-(-(stop - start) // count), 2)
+    filled = [start + i % (stop - start) for i in range(length - len(mine))]
+    return [*mine, *filled], list(range(len(mine), length))
+
+
+def in_order(part: Samples, batch_size: int, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    """The samples of a split in their own order, for evaluation: of what is in memory slices, without a copy. Of several
+    processes, (rank, count), each takes every `count`-th batch.
+    """
+    rank, count = share
+    bounds = [(a, min(a + batch_size, len(part))) for a in range(0, len(part), batch_size)][rank::count]
     for (a, b), (images, unread) in zip(bounds, part.image_batches(bounds), strict=True):
         yield _batch(part, slice(a, b), images, unread)
 
@@ -223,13 +263,13 @@ def first(part: Samples, count: int) -> Batch:
     return _batch(part, index, part.images[index], [])
 
 
-def _batch(part: Samples, index: Tensor | slice, images: Tensor, unread: list[int]) -> Batch:
-    """Samples and their images; those whose image could not be read have no labels."""
+def _batch(part: Samples, index: Tensor | slice, images: Tensor, unread: list[int], whole: int | None = None) -> Batch:
+    """Samples and their images; those whose image could not be read, or that only fill up a share, have no labels."""
     targets = {task: target[index] for task, target in part.targets.items()}
     valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
     if unread:
         valid = {task: _without(mask, targets[task], unread) for task, mask in valid.items()}
-    return Batch(part.dataset, images, targets, valid, index if isinstance(index, Tensor) else None)
+    return Batch(part.dataset, images, targets, valid, index if isinstance(index, Tensor) else None, whole)
 
 
 def _without(mask: Tensor | None, target: Tensor, positions: list[int]) -> Tensor:

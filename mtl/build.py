@@ -22,12 +22,13 @@ from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.duplicates import warnings_of
 from mtl.errors import ConfigError, DataError, PluginError, RunError, listing, unknown
-from mtl.evaluation import evaluate, mean_score, try_tasks
+from mtl.evaluation import evaluate, has_unused, mean_score, try_tasks
 from mtl.files import Reading
 from mtl.hardware import memory_kept
 from mtl.locking import Lock
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
+from mtl.processes import ALONE, Processes, joined
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
 from mtl.resizing import brought_to, common_shape
@@ -36,14 +37,15 @@ from mtl.rundir import make_directory, refuse_unusable
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
 from mtl.task import Task, make_task
-from mtl.tracking import Rows, TensorBoard
+from mtl.tracking import Nowhere, Rows, TensorBoard
 from mtl.trainer import fit
 from mtl.warm_start import source, start_from
 from mtl.weights import load_weights, read_description
 
 
 def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> RunResult:
-    """Train one run: checks everything, then trains, then reads the test split once.
+    """Train one run: checks everything, then trains, then reads the test split once. Processes that `torchrun` started train it
+    together, the first of them writes, and all return what it came to.
 
     Args:
         config: what to train.
@@ -55,13 +57,19 @@ def train(config: RunConfig, run_dir: str | Path | None = None, progress: Progre
     """
     if not isinstance(config, RunConfig):
         raise ConfigError([f"mtl.train takes an mtl.RunConfig, as mtl.load_config gives; found {type(config).__name__}"])
-    return fit(run(config, run_dir, progress))
+    with joined(config.device) as processes:
+        return fit(run(config, run_dir, progress, processes))
 
 
-def run(config: RunConfig, run_dir: str | Path | None = None, progress: Progress | None = None) -> Run:
+def run(
+    config: RunConfig,
+    run_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> Run:
     """Everything a run needs, built and checked; only then is its directory made, after a trial whether it can be."""
-    refuse_unusable(run_dir)
-    return composed(resolved(config), progress, lambda config: make_directory(run_dir, config))
+    processes.first(lambda: refuse_unusable(run_dir))
+    return composed(resolved(config), progress, lambda config: make_directory(run_dir, config), processes=processes)
 
 
 def composed(
@@ -69,19 +77,21 @@ def composed(
     progress: Progress | None,
     place: Callable[[RunConfig], tuple[Path, Lock]],
     begins_after: int | None = None,
+    processes: Processes = ALONE,
 ) -> Run:
     """A run of a resolved config.
 
     Args:
         config: whose `auto`s about execution and compiling are still to be resolved.
         progress: what to show meanwhile; None: nothing.
-        place: gives the run's directory, once everything else is there.
+        place: gives the run's directory, once everything else is there; called by the first process.
         begins_after: how many steps are done; weights are then to be restored, and not begun with. None: it is a new run.
+        processes: that train it together, with this one.
     """
     with ExitStack() as on_failure:
         decoders = make_decoders(config)
         on_failure.callback(decoders.close)
-        made = _composed(config, progress, place, begins_after, decoders)
+        made = _composed(config, progress if processes.writes else None, place, begins_after, decoders, processes)
         on_failure.pop_all()
     return made
 
@@ -92,9 +102,10 @@ def _composed(
     place: Callable[[RunConfig], tuple[Path, Lock]],
     begins_after: int | None,
     decoders: Decoders,
+    processes: Processes,
 ) -> Run:
     tasks = make_tasks(config)
-    samples = load_data(config, tasks, decoders=decoders)
+    samples = processes.in_turn(lambda: load_data(config, tasks, decoders=decoders))
     tasks = fit_heads(tasks, samples[Split.TRAIN])
     config, samples, brought = in_one_shape(config, samples)
     model = model_of(config, tasks, input_shape(samples[Split.TRAIN]), pretrained=begins_after is None)
@@ -104,8 +115,10 @@ def _composed(
     if begins_after is None:
         start_from(model, {task: source(task, given) for task, given in config.init_from.items()})
     model.freeze(config.optim.freeze)
-    feed = make_feed(config, samples[Split.TRAIN])
+    feed = make_feed(config, samples[Split.TRAIN], processes)
     balancer = make_balancer(config.balancer, tasks).to(config.device)
+    if processes.count > 1 and not balancer.in_parallel:
+        raise ConfigError([f"balancer {config.balancer.name!r} works in one process only; found {processes.count}; use fixed"])
     exchange = [p for unit in model.exchange().values() for p in unit.parameters()]
     optimizer = make_optimizer(config.optim, model, exchange, balancer.optimised(), config.sharing.unit_lr_factor)
     total = min(feed.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
@@ -121,11 +134,19 @@ def _composed(
     try_tasks(model, samples[Split.TRAIN], autocast(config))
     compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
-    directory, lock = place(config)
+    held: list[Lock] = []
+
+    def placed() -> Path:
+        directory, lock = place(config)
+        held.append(lock)
+        return directory
+
+    directory = processes.first(placed)
+    begins = None if begins_after is None else begins_after + 1
     try:
-        tracker = TensorBoard(directory / "tb", None if begins_after is None else begins_after + 1)
+        tracker = TensorBoard(directory / "tb", begins) if processes.writes else Nowhere()
     except OSError as error:
-        lock.close()
+        held[0].close()
         raise RunError(f"cannot write {str(directory / 'tb')!r}: {error.strerror or error}") from None
     return Run(
         config=config,
@@ -139,11 +160,13 @@ def _composed(
         l2=L2(optimizer, config.optim.l2),
         autocast=autocast(config),
         tracker=tracker,
-        rows=Rows(directory / "metrics.jsonl"),
-        exchange_rows=Rows(directory / "exchange.jsonl"),
+        rows=Rows(directory / "metrics.jsonl", processes.writes),
+        exchange_rows=Rows(directory / "exchange.jsonl", processes.writes),
         progress=progress or Silent(),
         decoders=decoders,
-        lock=lock,
+        lock=held[0] if held else None,
+        forward=processes.parallel(model, lambda: has_unused(model, samples[Split.TRAIN], autocast(config))),
+        processes=processes,
         notes=[*brought, *warnings_of(samples), *why_not, *notes],
         warm_up_seconds=seconds,
     )
@@ -209,12 +232,19 @@ def in_one_shape(
     return config, found, [f"images are brought to {shape}: {', '.join(changed)}"] if changed else []
 
 
-def make_feed(config: RunConfig, training: Mapping[str, Samples]) -> Feed:
-    """The batches of a config's epochs."""
-    accumulate, augment = config.optim.accumulate, config.data.augment
+def make_feed(config: RunConfig, training: Mapping[str, Samples], processes: Processes = ALONE) -> Feed:
+    """The batches of a config's epochs, or this process's share of them."""
     data = config.data
     return Feed(
-        training, config.batch_size, accumulate, config.seed, augment, config.epoch_steps, data.mixing, data.class_balanced
+        training,
+        config.batch_size,
+        config.optim.accumulate,
+        config.seed,
+        data.augment,
+        config.epoch_steps,
+        data.mixing,
+        data.class_balanced,
+        (processes.rank, processes.count),
     )
 
 

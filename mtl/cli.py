@@ -7,6 +7,7 @@ object and everything else goes to standard error. Heavy imports happen inside t
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -92,9 +93,18 @@ def train(
             result = vars(resuming.resume(resume, changes, for_terminal()))
         elif config is None:
             raise ConfigError(["give a CONFIG.yaml to train, or --resume RUN"])
+        elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not dry_run:
+            if run_dir is None:
+                raise ConfigError(["torchrun has started this again; which run to go on with is known only with --run-dir"])
+            if (run_dir / "config.yaml").is_file():
+                result = vars(resuming.resume(run_dir, (), for_terminal()))
+            else:
+                result = vars(build.train(load(config, overrides or []), run_dir, for_terminal()))
         else:
             loaded = load(config, overrides or [])
             result = survey.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
+    if os.environ.get("RANK", "0") != "0":
+        return
     if dry_run and not as_json:
         names = result.pop("parameter_names")
         result["parameter_names"] = f"{len(names)}, such as {names[0]}; --json lists them"
@@ -520,7 +530,8 @@ def main() -> None:
     try:
         app()
     except MTLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes that torchrun started
+        print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,13 +11,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from mtl.batches import Batch, first, in_order
 from mtl.data import Samples
 from mtl.errors import DataError, MTLError, PluginError
+from mtl.memory import moved
 from mtl.metrics import Meter
 from mtl.model import MultiTaskModel, Outputs
+from mtl.processes import ALONE, Processes
 from mtl.scores import mean_of_scores
+from mtl.seeding import seeded
 from mtl.task import Task
 
 TaskFigures = dict[str, Any]
@@ -61,16 +67,18 @@ def evaluate(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     between: Callable[[], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, TaskFigures]:
     """Task name -> its figures on these splits, dataset by dataset. Changes no buffer; restores the training mode. `between` is
-    called after every batch.
+    called after every batch. Several `processes` take the batches in turn; the first computes from what all of them found, in
+    the order of one, and tells the others.
     """
     was_training = model.training
     model.eval()
     try:
         figures: dict[str, TaskFigures] = {}
         for name in sorted(samples):
-            figures |= _evaluate_dataset(model, samples[name], batch_size, autocast, between)
+            figures |= _evaluate_dataset(model, samples[name], batch_size, autocast, between, processes)
         return {task.name: figures[task.name] for task in model.tasks if task.name in figures}
     finally:
         model.train(was_training)
@@ -82,29 +90,57 @@ def _evaluate_dataset(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     between: Callable[[], None] | None,
+    processes: Processes,
 ) -> dict[str, TaskFigures]:
     tasks = model.present([part.dataset])
-    meters = {task.name: Meter(task.all_metrics, task.head.labelled, part.images.device) for task in tasks}
-    losses = {task.name: torch.zeros((), device=part.images.device) for task in tasks}
-    labels: dict[str, int | Tensor] = {task.name: 0 for task in tasks}
-    for batch in in_order(part, batch_size):
-        with autocast():
-            outputs = model({part.dataset: batch.images}).outputs
-        for task in tasks:
-            losses[task.name] += summed_loss(task, outputs[task.name], batch)
-            predictions = task.head.predictions(outputs[task.name])
-            meters[task.name].update(predictions, batch.targets[task.name], batch.valid[task.name])
-            labels[task.name] = labels[task.name] + batch.labels(task.name)
+    seen = [_Seen(task, part) for task in tasks]
+    share = (processes.rank, processes.count)
+    rounds = math.ceil(len(part) / batch_size / processes.count)
+    for batch in itertools.islice(itertools.chain(in_order(part, batch_size, share), itertools.repeat(None)), rounds):
+        found = None
+        if batch is not None:
+            with autocast():
+                outputs = model({part.dataset: batch.images}).outputs
+            found = [of.found(outputs[of.task.name], batch) for of in seen]
+        for theirs in processes.gathered(found):
+            for of, one in zip(seen, theirs or [], strict=False):
+                of.add(*moved(one, part.images.device))
         if between is not None:
             between()
+    return processes.first(lambda: _figures(seen, part))
+
+
+class _Seen:
+    """What was found of a task on a split so far."""
+
+    def __init__(self, task: Task, part: Samples) -> None:
+        self.task = task
+        self.meter = Meter(task.all_metrics, task.head.labelled, part.images.device)
+        self.loss = torch.zeros((), device=part.images.device)
+        self.labels: int | Tensor = 0
+
+    def found(self, output: Tensor, batch: Batch) -> tuple[Tensor, int | Tensor, Tensor, Tensor, Tensor | None]:
+        """Of a batch: its summed loss, how many labels, predictions, targets, where there are labels."""
+        name = self.task.name
+        predictions = self.task.head.predictions(output)
+        return summed_loss(self.task, output, batch), batch.labels(name), predictions, batch.targets[name], batch.valid[name]
+
+    def add(self, loss: Tensor, labels: int | Tensor, predictions: Tensor, targets: Tensor, valid: Tensor | None) -> None:
+        """What `found` gave of the next batch."""
+        self.loss += loss
+        self.labels = self.labels + labels
+        self.meter.update(predictions, targets, valid)
+
+
+def _figures(seen: Sequence[_Seen], part: Samples) -> dict[str, TaskFigures]:
     figures = {}
-    for task in tasks:
-        n = int(labels[task.name])  # without those of images that could not be read
+    for of in seen:
+        task, n = of.task, int(of.labels)  # without those of images that could not be read
         if not n:
             raise DataError(f"dataset {part.dataset!r}, task {task.name!r}: no image with its label can be read")
-        loss = losses[task.name].item() / (len(part) * part.shares[task.name] * n / part.labelled[task.name])
+        loss = of.loss.item() / (len(part) * part.shares[task.name] * n / part.labelled[task.name])
         try:
-            computed = meters[task.name].compute()
+            computed = of.meter.compute()
         except Exception as error:
             raise DataError(
                 f"dataset {part.dataset!r}, task {task.name!r}: a metric cannot be computed from {n} labels: "
@@ -142,6 +178,20 @@ def try_tasks(
                 raise PluginError(
                     f"task {task.name!r}: its head, loss or metrics fail on two samples: {type(error).__name__}: {error}"
                 ) from error
+
+
+def has_unused(
+    model: MultiTaskModel, samples: Mapping[str, Samples], autocast: Callable[[], AbstractContextManager[Any]]
+) -> bool:
+    """Whether there are parameters to be trained that no output of the network depends on, as it is in training."""
+    images = {name: first(part, 2).images for name, part in samples.items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    with seeded(0, "unused"), autocast():
+        outputs = functional_call(model, buffers, (images,)).outputs
+    total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return any(gradient is None for gradient in torch.autograd.grad(total, trained, allow_unused=True))
 
 
 def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> float | None:

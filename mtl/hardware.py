@@ -33,6 +33,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes_here() -> int:
+    """How many processes of one training `torchrun` started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def device_name(device: torch.device) -> str:
     """The product name of a device."""
     if device.type == "cuda":

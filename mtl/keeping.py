@@ -8,10 +8,11 @@ back to the last bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from mtl.weights import load_weights, read_tensors, read_weights, weights_of, wr
 
 SHARE = 0.01
 """Of the time that training may spend on saving itself, but for what is asked for by `checkpoints.every_steps`."""
+Randomness = tuple[dict[str, Any], dict[str, Tensor]]
+"""Where a process's random generators stand."""
 NEW, KEPT = "checkpoint", "epoch"
 """How the folders' names begin: of those that make room for newer ones, and of those that stay."""
 
@@ -68,21 +71,17 @@ class Keeper:
 
     def between_steps(self) -> None:
         """Save if it is time to, and stop if that was asked for."""
-        self.stop_if_asked()
         asked = self.run.config.checkpoints.every_steps
-        if asked is not None:
-            if self.state.steps % asked == 0:
-                self.save()
-        elif self._waited(self.run.config.checkpoints.every_seconds):
+        due = self._waited(self.run.config.checkpoints.every_seconds) if asked is None else self.state.steps % asked == 0
+        if self._agreed(due):
             self.save()
 
     def after_epoch(self) -> None:
         """Save an epoch that is over, validated and logged, if that is not too often; stop if that was asked for."""
         options = self.run.config.checkpoints
         stays = options.keep_every_epochs is not None and self.state.epoch % options.keep_every_epochs == 0
-        if stays or (options.every_steps is None and self._waited(0.0)):
+        if self._agreed(stays or (options.every_steps is None and self._waited(0.0))):
             self.save(KEPT if stays else NEW)
-        self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
         """Save and stop, if that was asked for; where nothing that is saved is half done.
@@ -104,17 +103,34 @@ class Keeper:
         if self._saved == now:
             return
         started = time.monotonic()
-        name = f"{kind}-{self._number + 1:06d}"
         self.run.guard.settle()
-        with self.writing(f"save step {self.state.steps}", self.folder):
-            self.run.rows.synchronise()
-            self.run.exchange_rows.synchronise()
-            self.run.tracker.flush()
-            commit(self.folder, name, self._files(), self._wanted)
+        ranks = self.run.processes.gathered((random_values(), random_tensors()))
+        self.run.processes.first(lambda: self._write(f"{kind}-{self._number + 1:06d}", ranks))
         self._number += 1
         self._saved = now
         self._last = time.monotonic()
         self._cost = self._last - started
+
+    def _write(self, name: str, ranks: Sequence[Randomness]) -> None:
+        """Write the checkpoint of this name."""
+        with self.writing(f"save step {self.state.steps}", self.folder):
+            self.run.rows.synchronise()
+            self.run.exchange_rows.synchronise()
+            self.run.tracker.flush()
+            commit(self.folder, name, self._files(ranks), self._wanted)
+
+    def _agreed(self, due: bool) -> bool:
+        """Whether all processes save now: if the first finds that it is time to. All stop if one of them was told to.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: it was.
+        """
+        asked = self.interruption.signal
+        agreed, number = self.run.processes.most([int(due and self.run.processes.writes), asked or 0])
+        if number:
+            self.interruption.signal = Signals(number)
+        self.stop_if_asked()
+        return bool(agreed)
 
     @contextmanager
     def writing(self, what: str, folder: Path) -> Iterator[None]:
@@ -137,21 +153,23 @@ class Keeper:
     def _wanted(self, name: str) -> bool:
         return name.startswith(KEPT) or number(name) > self._number + 1 - self.run.config.checkpoints.keep
 
-    def _files(self) -> dict[str, Content]:
+    def _files(self, ranks: Sequence[Randomness]) -> dict[str, Content]:
         run, state = self.run, self.state
         model = weights_of(run.model, run.balancer)
         description = {**run.description, "epoch": state.epoch}
         files: dict[str, Content] = {MODEL: partial(write_weights, weights=model, description=description)}
         if (best := state.best) is not None:
             files[BEST] = partial(write_weights, weights=best.weights, description={**run.description, "epoch": best.epoch})
-        values, tensors = taken(run, state, state.seconds + time.monotonic() - self._began)
+        values, tensors = taken(run, state, state.seconds + time.monotonic() - self._began, ranks)
         files[TRAINING] = partial(_write_tensors, tensors=tensors)
         files[STATE] = write_strict(values)
         return files
 
 
-def taken(run: Run, state: State, seconds: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Everything beside the weights: values for `state.json`, and tensors by name."""
+def taken(run: Run, state: State, seconds: float, ranks: Sequence[Randomness]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Everything beside the weights: values for `state.json`, and tensors by name. `ranks` says where the generators of every
+    process stand.
+    """
     part, best = state.partial, state.best
     values = {
         "format": STATE_FORMAT,
@@ -175,14 +193,16 @@ def taken(run: Run, state: State, seconds: float) -> tuple[dict[str, Any], dict[
         "guard": run.guard.memory(),
         "schedule": run.schedule.state_dict(),
         "groups": group_values(run.optimizer),
-        "random": random_values(),
+        "random": ranks[0][0],
+        "ranks": [values for values, _ in ranks[1:]],
         "logs": {"metrics": run.rows.size(), "exchange": run.exchange_rows.size()},
         "order": run.feed.digest(state.epoch + 1),
         "data": fingerprints(run),
         "threads": torch.get_num_threads(),
     }
     tensors = {f"optimizer.{name}": value for name, value in optimizer_tensors(run.optimizer, names_of(run)).items()}
-    tensors |= {f"random.{name}": value for name, value in random_tensors().items()}
+    for rank, (_, of_rank) in enumerate(ranks):
+        tensors |= {f"{_random_of(rank)}.{name}": value for name, value in of_rank.items()}
     values["balancer"] = packed(run.balancer.memory(), tensors, "balancer")
     if part is not None:
         tensors["partial.losses"] = part.losses
@@ -203,7 +223,7 @@ def restore(run: Run, folder: Path) -> State:
 
 
 def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> State:
-    if others := sorted(values.keys() - taken(run, State(), 0.0)[0].keys()):
+    if others := sorted(values.keys() - taken(run, State(), 0.0, [(random_values(), random_tensors())])[0].keys()):
         raise ValueError(f"a state has no {others[0]!r}")
     found = fingerprints(run)
     if changed := [name for name, digest in values["data"].items() if found.get(name) != digest]:
@@ -211,7 +231,7 @@ def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str,
     if run.feed.digest(values["epoch"] + 1) != values["order"]:
         raise RunError("the samples of an epoch would come in another order than before; start a new run")
     load_weights(folder / MODEL, run.model, run.balancer)
-    of = {kind: _under(kind, tensors) for kind in ("optimizer", "random", "partial")}
+    of = {kind: _under(kind, tensors) for kind in ("optimizer", "partial")}
     load_optimizer_tensors(run.optimizer, names_of(run), of["optimizer"])
     load_group_values(run.optimizer, values["groups"])
     run.balancer.recall(unpacked(values["balancer"], tensors), run.weights.device)
@@ -231,7 +251,7 @@ def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str,
         seconds=values["seconds"],
         best=None if values["best"] is None else Best(**values["best"], weights=read_weights(folder / BEST)[0]),
         partial=None if part is None else Partial(of["partial"]["losses"].to(run.weights.device), **part),
-        random=(values["random"], of["random"]),
+        random=_randomness(run.processes.rank, values, tensors),
         restored=folder,
     )
 
@@ -248,6 +268,17 @@ def fingerprints(run: Run) -> dict[str, str]:
         for split in Split:
             run.fingerprints |= {f"{name}, {split}": fingerprint(part) for name, part in run.samples.get(split, {}).items()}
     return run.fingerprints
+
+
+def _random_of(rank: int) -> str:
+    """How the names begin of the tensors of a process's generators."""
+    return f"random{rank}" if rank else "random"
+
+
+def _randomness(rank: int, values: dict[str, Any], tensors: dict[str, Tensor]) -> Randomness | None:
+    """Of the process of this rank; None where there was none: it begins as in a new run."""
+    everybody = [values["random"], *values.get("ranks", [])]  # the first checkpoints of this format are of one process
+    return (everybody[rank], _under(_random_of(rank), tensors)) if rank < len(everybody) else None
 
 
 def _under(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

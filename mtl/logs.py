@@ -127,6 +127,8 @@ def summary_line(run: Run, epoch: int, trained: Trained, figures: Mapping[str, T
 
 
 def tell_aside(run: Run) -> None:
-    """Say what was found meanwhile that cannot be used."""
+    """Say what was found meanwhile that cannot be used, by any process."""
+    for found in run.processes.gathered(run.aside.unreadable())[1:]:
+        run.aside.add(found)
     for line in run.aside.news():
         run.progress.line(line)

@@ -104,6 +104,11 @@ class Meter:
     def __init__(self, metrics: Iterable[Metric], labelled: Labelled, device: torch.device, gathered: int = 1 << 24) -> None:
         self._wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._metrics = {metric.name: metric.make().to(device).set_dtype(self._wide) for metric in metrics}
+        for part in (part for metric in self._metrics.values() for part in metric.modules()):
+            if hasattr(part, "distributed_available_fn"):
+                vars(part)["distributed_available_fn"] = (
+                    _never  # what other processes saw is brought here before it is computed
+                )
         self._labelled = labelled
         self._limit = gathered
         self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -136,6 +141,10 @@ class Meter:
         if len(targets):
             for metric in self._metrics.values():
                 metric.update(predictions, targets)
+
+
+def _never() -> bool:
+    return False
 
 
 def _all(targets: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mtl.errors import ConfigError, RunError
 from mtl.hardware import usable_cores
 from mtl.keeping import restore
 from mtl.locking import Lock
+from mtl.processes import Processes, joined
 from mtl.progress import Progress, Silent
 from mtl.run import RunResult
 from mtl.rundir import note_resumed
@@ -34,6 +35,7 @@ LATER = ("metrics.jsonl", "result.json", f"{FOLDER}/{POINTER}")
 """What a run writes after its first checkpoint."""
 NOTHING_DONE: dict[str, Any] = {"epoch": 0, "partial": None}
 """Where a run stands, as `allowed` asks, that was cut before its first checkpoint."""
+Place = Callable[[RunConfig], tuple[Path, Lock]]
 LENGTH = "epochs"
 """The key that may change where nothing was laid out over the run: with a constant rate, no warm-up and no `max_steps`."""
 
@@ -60,14 +62,24 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
     directory, progress = Path(run_dir), progress or Silent()
     if not (directory / "config.yaml").is_file():
         raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
-    with Lock(directory) as lock:
-        tree = read_tree(directory / "config.yaml")
-        written = from_tree(tree, source=str(directory / "config.yaml"))
-        config = from_tree(override(tree, overrides), source="overrides")
-        if not committed(folder_of(directory)) and not any((directory / name).exists() for name in LATER):
+    tree = read_tree(directory / "config.yaml")
+    written = from_tree(tree, source=str(directory / "config.yaml"))
+    config = from_tree(override(tree, overrides), source="overrides")
+    with joined(config.device) as processes, ExitStack() as stack:
+        held: list[Lock] = []
+        processes.first(lambda: held.append(stack.enter_context(Lock(directory))))
+        if not processes.writes:
+            progress = Silent()
+
+        def place(config: RunConfig) -> tuple[Path, Lock]:
+            return directory, held[0]
+
+        if not processes.first(
+            lambda: bool(committed(folder_of(directory)) or any((directory / name).exists() for name in LATER))
+        ):
             changes = allowed(written, config, NOTHING_DONE, directory)
-            return _from_the_beginning(directory, lock, config, changes, progress)
-        folder, wrong = newest(directory)
+            return _from_the_beginning(directory, place, config, changes, progress, processes)
+        folder, wrong = processes.first(lambda: newest(directory))
         stands = state_of(folder)
         changes = allowed(written, config, stands, directory)
         if (result := _result(directory)) is not None and (ended := _ended(config, stands)):
@@ -77,25 +89,46 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
             made = composed(
                 resolved(config.replaced(init_from={})).replaced(init_from=config.init_from),
                 progress,
-                lambda config: (directory, lock),
+                place,
                 stands["steps"],
+                processes,
             )
             try:
                 state = restore(made, folder)
-                note_resumed(directory, made.config)
+                processes.first(lambda: _begin_again(directory, made.config))
             except BaseException:
                 made.close()
                 raise
-            (directory / "result.json").unlink(missing_ok=True)
+            if (count := 1 + len(stands.get("ranks", []))) != processes.count:
+                changes.append(f"processes: {count} -> {processes.count}, so that results differ by rounding and by dropout")
             made.notes += [*wrong, *changes, f"goes on after step {state.steps}, from {folder.name}"]
             return fit(made, state)
 
 
+def _begin_again(directory: Path, config: RunConfig) -> None:
+    """Note where and with what a run goes on; it is not finished any more."""
+    note_resumed(directory, config)
+    (directory / "result.json").unlink(missing_ok=True)
+
+
 def _from_the_beginning(
-    directory: Path, lock: Lock, config: RunConfig, changes: Sequence[str], progress: Progress
+    directory: Path, place: Place, config: RunConfig, changes: Sequence[str], progress: Progress, processes: Processes
 ) -> RunResult:
     """Train a run that was cut before its first checkpoint, and of which nothing is therefore lost."""
     progress.line(f"{directory} was cut before its first checkpoint, and begins anew")
+    processes.first(lambda: _empty(directory))
+    made = composed(resolved(config), progress, place, processes=processes)
+    try:
+        processes.first(lambda: note_resumed(directory, made.config))
+    except BaseException:
+        made.close()
+        raise
+    made.notes += changes
+    return fit(made)
+
+
+def _empty(directory: Path) -> None:
+    """Remove what a run that was cut before its first checkpoint wrote beside its config."""
     try:
         for name in ("tb", FOLDER):
             shutil.rmtree(directory / name, ignore_errors=True)
@@ -103,14 +136,6 @@ def _from_the_beginning(
         (directory / "exchange.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot write run directory {str(directory)!r}: {error.strerror or error}") from None
-    made = composed(resolved(config), progress, lambda config: (directory, lock))
-    try:
-        note_resumed(directory, made.config)
-    except BaseException:
-        made.close()
-        raise
-    made.notes += changes
-    return fit(made)
 
 
 def allowed(written: RunConfig, config: RunConfig, stands: dict[str, Any], directory: Path) -> list[str]:

@@ -21,8 +21,9 @@ from mtl.data import Samples, Split
 from mtl.decoding import Decoders
 from mtl.guard import Guard
 from mtl.locking import Lock
-from mtl.model import MultiTaskModel
+from mtl.model import MultiTaskModel, Outputs
 from mtl.optim import L2
+from mtl.processes import ALONE, Processes
 from mtl.progress import Progress
 from mtl.tracking import Rows, Tracker
 
@@ -46,7 +47,10 @@ class Run:
     exchange_rows: Rows
     progress: Progress
     decoders: Decoders
-    lock: Lock
+    lock: Lock | None
+    forward: Callable[[dict[str, Tensor]], Outputs]
+    """The model, or what adds up its gradients over several processes."""
+    processes: Processes = ALONE
     notes: list[str] = field(default_factory=list)
     """What is said when the run begins: which rule decided what, and why."""
     warm_up_seconds: float = 0.0
@@ -62,7 +66,7 @@ class Run:
     """Of the data, when they were first asked for: {"dataset, split": digits}."""
 
     def __post_init__(self) -> None:
-        self.aside = Aside(self.directory, self.samples)
+        self.aside = Aside(self.directory, self.samples, self.processes.writes)
         self.shared_parameters = self.model.shared_parameters()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
@@ -78,7 +82,8 @@ class Run:
         Whatever of it fails, or is interrupted, the rest is done.
         """
         with ExitStack() as last:
-            last.callback(self.lock.close)
+            if self.lock is not None:
+                last.callback(self.lock.close)
             last.callback(self.tracker.close)
             self.decoders.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from mtl.run import Run
 
 
 def train_step(run: Run, step: Step) -> Tensor:
-    """One optimizer update from micro-batches of one batch per dataset.
+    """One optimizer update from micro-batches of one batch per dataset, of which each of several processes has its share.
 
     A task's loss is the sum over its labelled samples, divided by the number it would expect in a step of this size: its
     dataset's samples in the step times the share of training samples that carry its label. With every sample labelled that
@@ -31,13 +32,16 @@ def train_step(run: Run, step: Step) -> Tensor:
     expected = expected_labels(run, step)
     total = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
     run.guard.begin()
-    for batches in step:
-        features, losses = task_losses(run, run.model, batches, expected)
-        weighted = [loss * weight for loss, weight in zip(losses, run.weights, strict=True)]
-        if run.guard.admits(weighted):
-            objective = run.balancer.backward(weighted, features, run.shared_parameters)
-        else:
-            objective = weighted[0].new_full((), float("nan"))
+    for i, batches in enumerate(step, start=1):
+        with run.processes.unsummed(run.forward) if i < len(step) else nullcontext():
+            features, losses = task_losses(run, run.forward, batches, expected)
+            if run.processes.count > 1:
+                losses = list(run.processes.summed(torch.stack(losses)))
+            weighted = [loss * weight for loss, weight in zip(losses, run.weights, strict=True)]
+            if run.guard.admits(weighted):
+                objective = run.balancer.backward(weighted, features, run.shared_parameters)
+            else:
+                objective = weighted[0].new_full((), float("nan"))
         total += torch.stack([*losses, objective.reshape(())]).detach()
     run.l2.add_gradients()
     if run.config.optim.clip_norm is not None:
@@ -73,7 +77,7 @@ def losses_again(run: Run, step: Step) -> Tensor:
 
     expected = expected_labels(run, step)
     losses = [torch.stack(task_losses(run, forward, batches, expected)[1]) for batches in step]
-    return run.weights * torch.stack(losses).sum(0)
+    return run.weights * run.processes.summed(torch.stack(losses).sum(0))
 
 
 def expected_labels(run: Run, step: Step) -> list[float]:
@@ -81,7 +85,7 @@ def expected_labels(run: Run, step: Step) -> list[float]:
     size: dict[str, int] = {}
     for batches in step:
         for batch in batches:
-            size[batch.dataset] = size.get(batch.dataset, 0) + len(batch)
+            size[batch.dataset] = size.get(batch.dataset, 0) + batch.count
     return [size[t.dataset] * run.feed.samples[t.dataset].shares[t.name] for t in run.model.tasks]
 
 
@@ -92,4 +96,6 @@ def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
         of = {batch.dataset: batch for batch in batches}
         for i, task in enumerate(run.model.tasks):
             counts[i] = counts[i] + of[task.dataset].labels(task.name)
-    return counts
+    if run.processes.count == 1:
+        return counts
+    return list(run.processes.summed(torch.stack([torch.as_tensor(n, device=run.weights.device) for n in counts])))

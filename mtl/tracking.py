@@ -94,14 +94,26 @@ def log_hparams(folder: Path, settings: Mapping[str, str | float], figures: Mapp
             writer.add_scalar(name, value)
 
 
-class Rows:
-    """`metrics.jsonl`: one row per epoch, split and task, on disk as soon as it is written."""
+class Nowhere(Tracker):
+    """For a process whose figures another one writes."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+    def image(self, tag: str, picture: NDArray[np.uint8], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Rows:
+    """`metrics.jsonl`: one row per epoch, split and task, on disk as soon as it is written; where another process `writes`,
+    nothing.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows."""
+        if not self._writes:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
@@ -116,7 +128,7 @@ class Rows:
 
     def cut(self, size: int) -> None:
         """Forget what was written after the first `size` bytes."""
-        if self.size() > size:
+        if self._writes and self.size() > size:
             os.truncate(self._path, size)
 
 

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from mtl.blame import blame
 from mtl.data import Split
 from mtl.errors import DivergedError
 from mtl.evaluation import TaskFigures, evaluate, mean_score
-from mtl.guard import EXPLODED, IN_A_ROW
+from mtl.guard import EXPLODED, IN_A_ROW, LeftOut
 from mtl.hardware import forget_peak_memory, memory_kept, peak_memory
 from mtl.interruption import Interruption
 from mtl.keeping import Keeper
 from mtl.logs import PICTURES, Trained, beginning_lines, log_epoch, log_exchange, summary_line, tell_aside
+from mtl.processes import others_lost
 from mtl.run import Best, Partial, Run, RunResult, State
 from mtl.seeding import seeded
 from mtl.state import load_random
@@ -52,9 +53,10 @@ def fit(run: Run, state: State | None = None) -> RunResult:
     with (
         run.progress,
         closing(run),
-        seeded(config.seed, "training"),
+        seeded(config.seed, "training", *([run.processes.rank] if run.processes.rank else [])),
         memory_kept(),
         Interruption() as interruption,
+        others_lost() if run.processes.count > 1 else nullcontext(),
     ):
         for line in beginning_lines(run):
             run.progress.line(line)
@@ -72,8 +74,9 @@ def fit(run: Run, state: State | None = None) -> RunResult:
             raise
         tell_aside(run)
         result = result_of(run, state, time.monotonic() - started, {**test, "score": score} if test else None)
-        with keeper.writing("write result.json", run.directory):
-            write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
+        if run.processes.writes:
+            with keeper.writing("write result.json", run.directory):
+                write_whole(run.directory / "result.json", json.dumps(vars(result), indent=2) + "\n")
     return result
 
 
@@ -109,8 +112,9 @@ def result_of(run: Run, state: State, seconds: float, test: dict[str, Any] | Non
 
 def begin(run: Run, state: State, keeper: Keeper) -> None:
     """Log and save a run that is new, so that it can be resumed from its first step; put back the randomness of another."""
-    if state.random is not None:
-        load_random(*state.random)
+    if state.restored is not None:
+        if state.random is not None:
+            load_random(*state.random)
         state.random = None
     elif not state.steps:
         with keeper.writing("log the beginning", run.directory):
@@ -180,16 +184,21 @@ def watch(run: Run, state: State, keeper: Keeper, before: int) -> None:
     if guard.last is not None and (guard.in_a_row >= IN_A_ROW or none_taken):
         raise DivergedError(
             f"{guard.in_a_row} steps in a row were left out, up to step {state.steps} in epoch {state.epoch + 1}: "
-            f"{blame(run, guard.last)}; {keeper.newest}; try a lower optim.lr, or optim.clip_norm"
+            f"{blamed(run, guard.last)}; {keeper.newest}; try a lower optim.lr, or optim.clip_norm"
         )
     if (left_out := guard.news()) is not None and guard.skipped == before + 1:
-        run.progress.line(f"step {state.steps} was left out: {blame(run, left_out)}")
+        run.progress.line(f"step {state.steps} was left out: {blamed(run, left_out)}")
     if exploding := [task.name for task, n in zip(run.model.tasks, guard.exploding, strict=True) if n >= IN_A_ROW]:
         raise DivergedError(
             f"the loss of {', '.join(exploding)} has been over {EXPLODED:.0e} times that of any other task for {IN_A_ROW} "
             f"steps, up to step {state.steps}, so that nothing is left of theirs in a sum; {keeper.newest}; scale its labels "
             "or its loss, give it a lower weight, or try a lower optim.lr"
         )
+
+
+def blamed(run: Run, left_out: LeftOut) -> str:
+    """What every process finds in its share of a step."""
+    return "; ".join(dict.fromkeys(run.processes.gathered(blame(run, left_out))))
 
 
 def nothing() -> None:
@@ -213,7 +222,7 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
     since = time.monotonic()
     for step in itertools.islice(run.feed.epoch(state.epoch + 1, part.steps), most):
         part.rates = {group["name"]: float(group["lr"]) for group in run.optimizer.param_groups}
-        size = sum(len(batch) for batches in step for batch in batches)
+        size = sum(batch.count for batches in step for batch in batches)
         of_step = train_step(run, step)
         counted = run.guard.counted
         part.losses += size * torch.where(torch.as_tensor(counted > 0), of_step, 0.0)
@@ -255,5 +264,7 @@ def score_split(run: Run, split: Split, between: Callable[[], None] = nothing) -
 
     `between` is called after every batch.
     """
-    figures = evaluate(run.model, run.samples[split], 2 * run.config.batch_size, run.autocast, between)
+    several = run.processes.count > 1  # which stop together, and have not the same batches to stop after
+    between = nothing if several else between
+    figures = evaluate(run.model, run.samples[split], 2 * run.config.batch_size, run.autocast, between, run.processes)
     return figures, mean_score(run.model.tasks, figures)

@@ -17,6 +17,7 @@ from tests.endurance import (  # noqa: F401  they register their rows
     malicious,
     normalisation,
     older,
+    parallel,
     plugins,
     resumption,
     stopping,

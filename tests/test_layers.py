@@ -39,6 +39,7 @@ RANK = {
     "scores": 0,
     "memory": 0,
     "interruption": 0,
+    "processes": 1,
     "strict_json": 1,
     "locking": 1,
     "commit": 2,

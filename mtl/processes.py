@@ -1,0 +1,256 @@
+"""The processes of one training: one, or several that `torchrun` started, each with its share of every batch.
+
+Tensors that are added up stay on their device (gloo on the CPU, NCCL on CUDA); everything else goes over gloo. Every method is
+called by all processes at the same place, or all of them wait; a process that fails ends, and its death ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl.errors import MTLError, RunError
+from mtl.memory import moved
+
+T = TypeVar("T")
+
+
+class Processes(ABC):
+    """What the processes of a training do together.
+
+    Attributes:
+        rank: of this one, from 0.
+        count: how many there are.
+    """
+
+    rank: int
+    count: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and says something: the first does."""
+        return self.rank == 0
+
+    @abstractmethod
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on the device, in all of them; gradients pass to this process's own part."""
+
+    @abstractmethod
+    def most(self, values: Sequence[int]) -> list[int]:
+        """The largest of each place, on the host."""
+
+    @abstractmethod
+    def first(self, action: Callable[[], T]) -> T:
+        """What `action` gives in the first process, alone in calling it; its error in the others, too."""
+
+    @abstractmethod
+    def gathered(self, value: T) -> list[T]:
+        """Everybody's value, by rank, in the first process, tensors of several on the CPU; in the others an empty list."""
+
+    @abstractmethod
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """What `action` gives, called by the first process of the job, then by the first of each machine, then by the others:
+        what it leaves on a disk is there for those that follow.
+        """
+
+    @abstractmethod
+    def parallel(self, model: nn.Module, unused: Callable[[], bool]) -> nn.Module:
+        """The model whose backward pass adds up the gradients over processes. `unused` finds out whether some of its parameters
+        get no gradient.
+        """
+
+    @abstractmethod
+    def unsummed(self, model: Any) -> AbstractContextManager[Any]:
+        """A forward and backward pass of what `parallel` gave, whose gradients are not added up yet."""
+
+
+class Alone(Processes):
+    """One process."""
+
+    rank, count = 0, 1
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def first(self, action: Callable[[], T]) -> T:
+        return action()
+
+    def gathered(self, value: T) -> list[T]:
+        return [value]
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        return action()
+
+    def parallel(self, model: nn.Module, unused: Callable[[], bool]) -> nn.Module:
+        return model
+
+    def unsummed(self, model: Any) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+ALONE = Alone()
+
+
+class Several(Processes):
+    """The processes of torch's default group, which is there.
+
+    Args:
+        local_rank: of this process among those of its machine.
+    """
+
+    def __init__(self, local_rank: int) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.local_rank = local_rank
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        _together(lambda: dist.all_reduce(total))
+        return _Whole.apply(tensor, total) if tensor.requires_grad else total
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        found = torch.tensor(values)
+        _together(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+        return [int(value) for value in found]
+
+    def first(self, action: Callable[[], T]) -> T:
+        said: list[Any] = [None, None]
+        failed: BaseException | None = None
+        if self.rank == 0:
+            try:
+                said = [action(), None]
+            except MTLError as error:
+                said, failed = [None, str(error)], error
+        _together(lambda: dist.broadcast_object_list(said))
+        if failed is not None:
+            raise failed
+        if said[1] is not None:
+            raise RunError(f"the first process failed: {said[1]}")
+        return said[0]  # type: ignore[no-any-return]
+
+    def gathered(self, value: T) -> list[T]:
+        found: list[Any] | None = [None] * self.count if self.rank == 0 else None
+        here = moved(value, torch.device("cpu"))
+        _together(lambda: dist.gather_object(here, found))
+        return found or []
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        mine = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        found: list[T] = []
+        failed: MTLError | None = None
+        for turn in range(3):
+            if turn == mine:
+                try:
+                    found.append(action())
+                except MTLError as error:
+                    failed = error
+            [bad] = self.most([0 if failed is None else self.rank + 1])
+            if failed is not None:
+                raise failed
+            if bad:
+                raise RunError(f"process {bad - 1} of this training failed; see what it said")
+        return found[0]
+
+    def parallel(self, model: nn.Module, unused: Callable[[], bool]) -> nn.Module:
+        devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+        made = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=unused())
+        made.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
+        return made
+
+    def unsummed(self, model: Any) -> AbstractContextManager[Any]:
+        assert isinstance(model, DistributedDataParallel)
+        return model.no_sync()
+
+
+class _Whole(torch.autograd.Function):
+    """A sum over processes in place of this one's part, to which its gradient goes."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, whole: Tensor) -> Tensor:
+        return whole.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _add_up(bucket: Any) -> torch.futures.Future[Tensor]:
+    """The sum of the gradients, where DistributedDataParallel takes their mean: losses are divided by global counts already."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def _together(action: Callable[[], Any]) -> None:
+    """Do what takes all processes.
+
+    Raises:
+        RunError: one of them is gone.
+    """
+    try:
+        action()
+    except RuntimeError as error:  # gloo and NCCL have no other type for it
+        raise RunError(f"another process of this training is gone, or out of step: {str(error).splitlines()[0]}") from error
+
+
+def _meet(backend: str) -> None:
+    """Make the default group. What `torchrun` started again meets under other keys than the processes before it: their store is
+    the same, and the addresses in it are of the dead.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"attempt{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+
+
+@contextmanager
+def others_lost() -> Iterator[None]:
+    """A block in which torch may find, in a backward pass, that another process is gone.
+
+    Raises:
+        RunError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed")):
+            raise
+        raise RunError(f"another process of this training is gone: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """The processes that `torchrun` started, this one among them; alone where it did not, or where it started one.
+
+    Args:
+        device: that the training runs on; of several CUDA devices each process takes the one of its rank on its machine.
+
+    Raises:
+        RunError: the others cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        yield Alone()
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and device != "cpu":
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    ours = not dist.is_initialized()
+    if ours:
+        _together(lambda: _meet(backend))
+    yield Several(local_rank)
+    if ours:
+        dist.destroy_process_group()
