@@ -117,6 +117,8 @@ def unwritable_outputs(folder: Path, short: bool) -> Cases:
     commands: dict[str, list[str]] = {}
     for name, place in places.items():
         commands[f"train, {name}"] = ["train", *train, "--run-dir", place]
+        if short and name != "a file in its place":
+            continue
         commands[f"compare, {name}"] = ["compare", *train, "--out", place]
         commands[f"pack, {name}"] = ["pack", "slow", "--plugin", train[-1], "--out", place, "--workers", "0"]
     broken = folder / "broken"
@@ -163,7 +165,7 @@ def import_seconds() -> float:
 @row(9, "one writer per directory")
 def one_writer(folder: Path, short: bool) -> Cases:
     cases, count = Cases(), 4 if short else 20
-    for name in ("a new directory", "an empty one", "a run that was cut"):
+    for name in ("a new directory", "a run that was cut", "an empty one")[: 2 if short else 3]:
         place = folder / name.replace(" ", "-")
         place.mkdir()
         train, run = config(place, 0.0), place / "run"
@@ -190,7 +192,8 @@ def one_writer(folder: Path, short: bool) -> Cases:
             one.terminate()
         said = [one.communicate(timeout=60) for one in started]
         settled(cases, "as the command", [Ended(p.pid, p.returncode, *s, 0.0) for p, s in zip(started, said, strict=True)])
-    cases.notes.append(f"{count} at the same moment, forked, three times{'' if short else ', and 4 as the command'}")
+    often = "twice" if short else "three times, and 4 as the command"
+    cases.notes.append(f"{count} at the same moment, forked, {often}")
     return cases
 
 
