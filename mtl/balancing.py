@@ -25,7 +25,7 @@ class Balancer(nn.Module, ABC):
 
     additive: ClassVar[bool] = False
     """Whether gradients of micro-batches add up to those of the whole; where not, `optim.accumulate` above 1 is refused."""
-    needs_finite: ClassVar[bool] = True
+    needs_finite: bool = True
     """Whether losses and gradients that are not finite would make it fail, or stay in what it remembers. Then it is shown none,
     for which the host waits for a GPU at every step."""
     in_parallel: ClassVar[bool] = False

@@ -170,12 +170,15 @@ class Aggregation(Balancer):
 
 
 class LossCombination(Scalarization):
-    """A TorchJD scalarizer. One that takes a step of its own, after every update or every epoch, gets it."""
+    """A TorchJD scalarizer. One that takes a step of its own, after every update or every epoch, gets it; such a one remembers
+    losses, and so is shown finite ones only.
+    """
 
     def __init__(self, method: Scalarizer) -> None:
         super().__init__()
         leave_out_of_weights(method)
         self.method = method
+        self.needs_finite = hasattr(method, "update") or hasattr(method, "step")
 
     def combine(self, losses: Tensor) -> Tensor:
         """losses (T,) -> a scalar."""

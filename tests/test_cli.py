@@ -406,8 +406,10 @@ def test_dense_unit_that_fits_is_trained(config: Path, cwd: Path) -> None:
 def test_diverged_run_is_refused_wherever_it_shows(config: Path, cwd: Path, rate: str, steps: int) -> None:
     """In the losses of the epoch, or first in validation, after its last update."""
     outcome = command("train", config, "optim.name=sgd", f"optim.lr={rate}", f"max_steps={steps}", "--json")
-    opening, message = outcome.err.splitlines()  # training had begun, and said so
+    opening, *told, message = outcome.err.splitlines()  # training had begun, and said so
     assert opening.startswith("unshared: 2 tasks")
+    assert all(" left out" in line for line in told)
+    assert len(told) <= 2
     check_refused(Outcome(outcome.status, outcome.out, message), "not finite", "optim.lr")
 
 
