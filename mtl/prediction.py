@@ -121,8 +121,8 @@ def load_model(run_dir: str | Path, weights: str = "best", device: str = "auto")
         MTLError: not a run, no weights yet, or a plugin that the network needs is not there.
     """
     directory = Path(run_dir)
-    tree = read_tree(directory / "config.yaml")
     description = read_weights_file(directory, weights, read_description)
+    tree = read_tree(directory / "config.yaml")
     try:
         standardize = DataConfig(standardize=tree["data"]["standardize"]).standardize
         seed, written_precision = tree["seed"], tree["precision"]

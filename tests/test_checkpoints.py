@@ -26,7 +26,7 @@ def save(run: Path, number: int, keep: int = 2) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()
     weights = partial(write_weights, weights={"steps": torch.tensor(number)}, description={})
-    state = {"format": 1, "epoch": 1, "steps": number, "best": None}
+    state = {"format": 1, "epoch": 1, "steps": number, "best": None, "partial": None, "threads": 1}
     files: dict[str, Content] = {MODEL: weights, BEST: weights, STATE: write_strict(state)}
     commit(run / "checkpoints", f"checkpoint-{number:06d}", files, lambda name: int(name[-6:]) > number - keep)
 
