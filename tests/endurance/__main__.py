@@ -10,24 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tests.endurance import (  # noqa: F401  they register their rows
-    damage,
-    directories,
-    disk,
-    guards,
-    images,
-    killing,
-    labels,
-    malicious,
-    normalisation,
-    older,
-    parallel,
-    plugins,
-    resumption,
-    stopping,
-    tables,
-)
-from tests.endurance.rows import ROWS, line
+from tests.endurance.rows import line
+from tests.endurance.table import ROWS
 
 
 def main() -> None:
