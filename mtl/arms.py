@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
-from mtl.config import PlainDumper, RunConfig, from_tree, override, parsed, read_text
+from mtl.config import RunConfig, from_tree, override
 from mtl.errors import ConfigError, unknown
 from mtl.registry import BACKBONES
 from mtl.seeding import derive_seed
 from mtl.sharing import STRUCTURAL, Exchange, SplitAt, kinds
+from mtl.strict_yaml import PlainDumper, parsed, read_text
 
 SINGLE_TASK = "single_task"
 """The baseline of every measure of transfer, and what `init_from=single_task` starts from."""

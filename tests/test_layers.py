@@ -40,6 +40,7 @@ RANK = {
     "memory": 0,
     "interruption": 0,
     "processes": 1,
+    "strict_yaml": 0,
     "strict_json": 1,
     "locking": 1,
     "commit": 2,
