@@ -1,11 +1,11 @@
 """Do two processes train what one trains, how fast, and what do checkpoints cost?
 
-    python -m benchmarks.processes [--rounds N] [--steps N] [--out FILE.json]
+    python -m benchmarks.processes [--rounds N] [--steps N] [--epochs N] [--out FILE.json]
 
 Each is the real command on `examples/configs/fashion_two_task.yaml` in processes of their own. Agreement: two epochs of a
 network without batch norm and dropout, and of the config's own, trained by one process and by two; the largest difference of a
 loss, relative, and of a metric. Throughput: rounds of one process with one thread, with as many as there are cores, and as many
-processes with one thread each, interleaved. Safety: an epoch at the default interval, and how long of it saving took.
+processes with one thread each, interleaved. Safety: some epochs of the config as it is, and how long of them saving took.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def throughput(folder: Path, rounds: int, steps: int) -> dict[str, list[float]]:
     return found
 
 
-def safety(folder: Path, steps: int) -> dict[str, Any]:
+def safety(folder: Path, epochs: int) -> dict[str, Any]:
     """How long saving took of a run with checkpoints as they are by default."""
     spent: list[float] = []
     save = Keeper.save
@@ -113,14 +113,14 @@ def safety(folder: Path, steps: int) -> dict[str, Any]:
 
     Keeper.save = timed  # type: ignore[assignment, method-assign]
     started = time.perf_counter()
-    result = mtl.train(mtl.load_config(CONFIG, ["epochs=1", f"epoch_steps={steps}"]), folder)
+    result = mtl.train(mtl.load_config(CONFIG, [f"epochs={epochs}"]), folder)
     seconds = time.perf_counter() - started
     Keeper.save = save  # type: ignore[method-assign]
     size = max(sum(file.stat().st_size for file in one.iterdir()) for one in (folder / "checkpoints").glob("checkpoint-*"))
     return {"saves": spent, "training": result.training_seconds, "seconds": seconds, "bytes": size}
 
 
-def measure(rounds: int, steps: int) -> dict[str, Any]:
+def measure(rounds: int, steps: int, epochs: int) -> dict[str, Any]:
     """All of it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +128,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
             "environment": environment(),
             "agreement": {"plain": agreement(folder / "plain", *PLAIN), "own": agreement(folder / "own")},
             "throughput": throughput(folder, rounds, steps),
-            "safety": safety(folder / "safety", 3 * steps),
+            "safety": safety(folder / "safety", epochs),
         }
 
 
@@ -165,9 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of throughput (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="of a run that is timed (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=4, help="of the run whose saves are timed (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "processes.json", help="(default: %(default)s)")
     args = parser.parse_args()
-    args.out.write_text(json.dumps(measure(args.rounds, args.steps), indent=1) + "\n")
+    args.out.write_text(json.dumps(measure(args.rounds, args.steps, args.epochs), indent=1) + "\n")
 
 
 if __name__ == "__main__":

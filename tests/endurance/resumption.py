@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from mtl.batches import Feed
+from mtl.batches import Batch, Feed
 from mtl.checkpoints import folder_of, newest
 from mtl.commit import committed
 from mtl.data import Samples
@@ -198,13 +200,13 @@ for name in ("numbered", "counted"):
 
 
 def samples(name: str, count: int) -> Samples:
-    """Images that are their own numbers."""
-    return Samples(name, torch.arange(count).view(-1, 1, 1, 1), {}, {}, {}, {})
+    """Images that are their own numbers, all with a label."""
+    images, labels = torch.arange(count).view(-1, 1, 1, 1), torch.zeros(count, dtype=torch.int64)
+    return Samples(name, images, {"odd": labels}, {"odd": None}, {"odd": count}, {"odd": 1.0})
 
 
-def missing_and_twice(lists: Sequence[Sequence[int]], count: int) -> tuple[int, int]:
-    """How many of `count` samples are in none of the lists, one for each rank, and how many are there more than once."""
-    drawn = [one for of_rank in lists for one in of_rank]
+def missing_and_twice(drawn: Sequence[int], count: int) -> tuple[int, int]:
+    """How many of `count` samples were not drawn, and how many more than once."""
     return count - len(set(drawn)), len(drawn) - len(set(drawn))
 
 
@@ -214,7 +216,7 @@ def wrong_with(drawn: Mapping[str, Sequence[int]], counts: Mapping[str, int]) ->
     for name, numbers in drawn.items():
         passes = [numbers[i : i + counts[name]] for i in range(0, len(numbers), counts[name])]
         for i, one in enumerate(passes):
-            missing, twice = missing_and_twice([one], counts[name])
+            missing, twice = missing_and_twice(one, counts[name])
             if twice or (missing and i < len(passes) - 1):
                 wrong.append(f"{name}, pass {i + 1}: {missing} missing, {twice} twice")
     if not any(len(numbers) == counts[name] for name, numbers in drawn.items()):
@@ -222,22 +224,42 @@ def wrong_with(drawn: Mapping[str, Sequence[int]], counts: Mapping[str, int]) ->
     return wrong
 
 
-def drawn_by(feed: Feed, epoch: int, done: int = 0) -> list[list[tuple[str, list[int]]]]:
-    """Step by step: the numbers of its samples."""
+Drawn = list[tuple[str, list[int]]]
+"""What a step draws: of each batch its dataset, and the numbers of its samples."""
+
+
+def drawn_by(feed: Feed, epoch: int, done: int = 0) -> list[Drawn]:
+    """Step by step: the numbers of its samples that count."""
+    return [[(batch.dataset, counted(batch)) for batches in step for batch in batches] for step in feed.epoch(epoch, done)]
+
+
+def counted(batch: Batch) -> list[int]:
+    """The numbers of the samples that count: not of those that only fill up a share."""
+    numbers, mask = batch.images.flatten(), batch.valid["odd"]
+    return (numbers if mask is None else numbers[mask]).tolist()  # type: ignore[no-any-return]
+
+
+def together(shares: Sequence[list[Drawn]]) -> list[Drawn]:
+    """What several processes draw, put together as it was dealt out: the first of each, the second of each, and so on."""
     return [
-        [(batch.dataset, batch.images.flatten().tolist()) for batches in step for batch in batches]
-        for step in feed.epoch(epoch, done)
+        [(of_ranks[0][0], dealt([numbers for _, numbers in of_ranks])) for of_ranks in zip(*step, strict=True)]
+        for step in zip(*shares, strict=True)
     ]
+
+
+def dealt(hands: Sequence[Sequence[int]]) -> list[int]:
+    """The pack that was dealt."""
+    return [one for turn in itertools.zip_longest(*hands) for one in turn if one is not None]
 
 
 @row(15, "each sample once per epoch")
 def each_sample_once(folder: Path, short: bool) -> Cases:
-    """Of one process; `missing_and_twice` takes the lists of several."""
-    cases, steps = Cases(), 0
+    cases, steps, draw = Cases(), 0, random.Random(0)
 
     def attempt(name: str, counts: dict[str, int], batch_size: int, accumulate: int, mixing: Mixing) -> int:
-        def made() -> Feed:
-            return Feed({one: samples(one, n) for one, n in counts.items()}, batch_size, accumulate, 0, mixing=mixing)
+        def made(rank: int = 0, world: int = 1) -> Feed:
+            parts = {one: samples(one, n) for one, n in counts.items()}
+            return Feed(parts, batch_size, accumulate, 0, mixing=mixing, share=(rank, world))
 
         for epoch in (1, 2):
             whole = drawn_by(made(), epoch)
@@ -250,6 +272,12 @@ def each_sample_once(folder: Path, short: bool) -> Cases:
                 f"other samples from step {k} on" for k in range(len(whole) + 1) if drawn_by(made(), epoch, k) != whole[k:]
             ]
             cases.check(f"{name}, epoch {epoch}", not wrong, wrong[:3])
+            for world in (2, 3, 4):
+                for k in (0, draw.randrange(len(whole))):
+                    shares = [drawn_by(made(rank, world), epoch, k) for rank in range(world)]
+                    cases.check(
+                        f"{name}, epoch {epoch} after step {k}, {world} processes", together(shares) == whole[k:], shares
+                    )
         return len(whole)
 
     for n in range(1, 34):
@@ -260,7 +288,9 @@ def each_sample_once(folder: Path, short: bool) -> Cases:
                 for until in ("longest", "shortest"):
                     mixing = Mixing(policy=policy, epoch=until)  # type: ignore[arg-type]
                     steps += attempt(f"{n} and {other}, {policy}, {until}", {"a": n, "b": other}, 4, 1 + n % 2, mixing)
-    cases.notes.append(f"a cut at each of {steps} steps of epochs, one process")
+    cases.notes.append(
+        f"a cut at each of {steps} steps of epochs; the shares of 2, 3 and 4 processes are those of one, dealt out"
+    )
     trained = whole_runs(folder, cases, short)
     cases.notes.append(f"{trained} runs killed and resumed, forked")
     return cases
