@@ -10,16 +10,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
+from mtl.command import AsJson, Plugins, json_only, load_plugins
 from mtl.errors import MTLError
-from mtl.printing import brief, list_names, print_comparison, print_csv, print_dataset, print_figures, print_result, show
+from mtl.listing import app as listing_app
+from mtl.printing import brief, print_comparison, print_csv, print_figures, print_result, show
 
 N = TypeVar("N", int, float)
 
@@ -34,14 +33,8 @@ config_app = typer.Typer(help="About configs.", no_args_is_help=True, rich_marku
 app.add_typer(config_app, name="config")
 checkpoint_app = typer.Typer(help="About a run's checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(listing_app)
 
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--plugin", metavar="FILE.py", help="Python file that registers tasks and more. It is run: trust it like a program."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. optim.lr=1e-3 epochs=3")]
 
 
@@ -297,37 +290,6 @@ def predict(
             print(named, *(f"{task}: {brief(said)}" for task, said in row["tasks"].items()), sep="  ")
 
 
-@app.command()
-def tasks(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A task, to load it and show what it predicts.")] = None,
-    as_json: AsJson = False,
-    plugin: Plugins = None,
-) -> None:
-    """List registered tasks (imports none of them), or show one."""
-    with json_only(as_json):
-        load_plugins(plugin)
-    from mtl.registry import TASKS
-
-    if name is None:
-        list_names(TASKS.origins(), "tasks", as_json)
-        return
-    from mtl.choices import options_of
-    from mtl.task import make_task
-
-    with json_only(as_json):
-        found = TASKS.get(name)
-        options = options_of(found)
-        complete = not any("required" in option for option in options.values())
-        task = make_task(name) if complete else None
-    if task is None:
-        origin = TASKS.origins()[name]
-        show({"name": name, "about": getdoc(found.factory) or "", "options": options, "origin": origin}, as_json)
-        return
-    metrics = {m.name: {"better": m.better, "score": m.score} for m in task.all_metrics}
-    about = {"name": name, "dataset": task.dataset, "target": task.target, "weight": task.weight, **task.head.describe()}
-    show({**about, "metrics": metrics, "options": options, "origin": TASKS.origins()[name]}, as_json)
-
-
 @checkpoint_app.command("verify")
 def checkpoint_verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
@@ -346,32 +308,6 @@ def checkpoint_verify(
                 print(f"  {fault}")
     if any(one["faults"] for one in found):
         raise typer.Exit(1)
-
-
-@app.command()
-def datasets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A dataset, to load it and show its options.")] = None,
-    as_json: AsJson = False,
-    plugin: Plugins = None,
-) -> None:
-    """List registered datasets (imports none of them), or show what one is and which options it takes."""
-    with json_only(as_json):
-        load_plugins(plugin)
-    from mtl.registry import DATASETS
-
-    if name is None:
-        list_names(DATASETS.origins(), "datasets", as_json)
-        return
-    from mtl.choices import options_of
-
-    with json_only(as_json):
-        found = DATASETS.get(name)
-    about: dict[str, Any] = {"name": name, "origin": DATASETS.origins()[name], "about": getdoc(found.factory) or ""}
-    about |= {"splits": list(found.details["splits"]), "options": options_of(found)}
-    if as_json:
-        show(about, as_json)
-    else:
-        print_dataset(about)
 
 
 @app.command()
@@ -407,81 +343,6 @@ def check_plugin(
         raise typer.Exit(1)
 
 
-@app.command()
-def backbones(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A backbone, to list its legal layer points.")] = None,
-    points: Annotated[
-        list[str] | None, typer.Argument(metavar="[POINT]...", help="Modules of it, to say of each whether and why not.")
-    ] = None,
-    input_shape: Annotated[str, typer.Option(help="Of one sample: CxHxW, or D for feature vectors.")] = "3x64x64",
-    as_json: AsJson = False,
-    plugin: Plugins = None,
-) -> None:
-    """List registered backbones (imports none of them), or the layer points of one with channels and stride."""
-    with json_only(as_json):
-        load_plugins(plugin)
-    from mtl.registry import BACKBONES
-
-    if name is None:
-        list_names(BACKBONES.origins(), "backbones", as_json)
-        return
-    from mtl.errors import ConfigError
-    from mtl.model import describe_backbone
-
-    try:
-        shape = tuple(int(extent) for extent in input_shape.split("x"))
-        if len(shape) not in (1, 3) or min(shape) < 1:
-            raise ValueError
-    except ValueError:
-        raise ConfigError([f"--input-shape {input_shape!r} is not of the form CxHxW (3x64x64) or D (128)"]) from None
-    with json_only(as_json):
-        about = describe_backbone(BACKBONES.get(name), shape)
-    if points:
-        about = only_points(about, points)
-    if as_json:
-        show(about, as_json)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    resized = "" if about["resized_to"] is None else f" resized to {'x'.join(map(str, about['resized_to']))}"
-    table = Table(
-        title=f"{name}, input {input_shape}{resized}, features {about['features']}, {about['parameters']:,} parameters"
-    )
-    for heading in ("layer point", "default", "channels", "stride", "shape"):
-        table.add_column(heading)
-    for point in about["points"]:
-        stride = "" if point["stride"] is None else f"{point['stride']:g}"
-        shape_text = "x".join(str(extent) for extent in point["shape"])
-        table.add_row(point["name"], "yes" if point["default"] else "", str(point["channels"]), stride, shape_text)
-    if about["points"]:
-        Console().print(table)
-    if points:
-        for point, reason in about["illegal"].items():
-            print(f"{point} is not legal: {reason}")
-        if about["illegal"]:
-            raise typer.Exit(1)
-    elif about["illegal"]:
-        print(f"{len(about['illegal'])} other modules are not legal; `mtl backbones {name} MODULE` says why")
-
-
-def only_points(about: dict[str, Any], points: list[str]) -> dict[str, Any]:
-    """The description of a backbone, of these modules alone.
-
-    Raises:
-        ConfigError: one that the backbone does not have.
-    """
-    from mtl.errors import ConfigError, unknown
-
-    known = [point["name"] for point in about["points"]] + list(about["illegal"])
-    if wrong := [point for point in points if point not in known]:
-        raise ConfigError(
-            [f"{about['name']}: {unknown('layer point', point, known)}" for point in wrong], source="layer points"
-        )
-    legal = [point for point in about["points"] if point["name"] in points]
-    return {**about, "points": legal, "illegal": {name: why for name, why in about["illegal"].items() if name in points}}
-
-
 @config_app.command("schema")
 def config_schema(plugin: Plugins = None) -> None:
     """The JSON schema of every key, for editors."""
@@ -491,22 +352,6 @@ def config_schema(plugin: Plugins = None) -> None:
 
         schema = json_schema()
     show(schema, as_json=True)
-
-
-@contextmanager
-def json_only(as_json: bool) -> Iterator[None]:
-    """With `--json` send to standard error what plugins and libraries print, so that standard output is one JSON object."""
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield
-
-
-def load_plugins(paths: list[Path] | None) -> None:
-    """Run the files given with `--plugin`."""
-    if paths:
-        from mtl.registry import load_plugin_file
-
-        for path in paths:
-            load_plugin_file(path)
 
 
 def numbers(option: str, text: str, kind: type[N]) -> list[N]:

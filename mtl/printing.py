@@ -38,6 +38,25 @@ def print_dataset(about: dict[str, Any]) -> None:
         print(textwrap.fill(option["about"], 100, initial_indent="      ", subsequent_indent="      "))
 
 
+def print_backbone(about: dict[str, Any], input_shape: str) -> None:
+    """A table of the layer points that a backbone has for an input of this shape."""
+    from rich.console import Console
+    from rich.table import Table
+
+    resized = "" if about["resized_to"] is None else f" resized to {'x'.join(map(str, about['resized_to']))}"
+    table = Table(
+        title=f"{about['name']}, input {input_shape}{resized}, features {about['features']}, {about['parameters']:,} parameters"
+    )
+    for heading in ("layer point", "default", "channels", "stride", "shape"):
+        table.add_column(heading)
+    for point in about["points"]:
+        stride = "" if point["stride"] is None else f"{point['stride']:g}"
+        shape_text = "x".join(str(extent) for extent in point["shape"])
+        table.add_row(point["name"], "yes" if point["default"] else "", str(point["channels"]), stride, shape_text)
+    if about["points"]:
+        Console().print(table)
+
+
 def print_csv(rows: list[dict[str, Any]]) -> None:
     """Rows with a header; a key that a row lacks is left empty."""
     import csv

@@ -112,6 +112,8 @@ RANK = {
     "conformance": 12,
     "prediction": 12,
     "cli": 16,
+    "command": 2,
+    "listing": 7,
     "__main__": 17,
 }
 """A module imports from lower ranks only; `__init__` is exempt, since its table imports nothing until it is used."""
