@@ -5,7 +5,8 @@
 Each is the real command on `examples/configs/fashion_two_task.yaml` in processes of their own. Agreement: two epochs of a
 network without batch norm and dropout, and of the config's own, trained by one process and by two; the largest difference of a
 loss, relative, and of a metric. Throughput: rounds of one process with one thread, with as many as there are cores, and as many
-processes with one thread each, interleaved. Safety: some epochs of the config as it is, and how long of them saving took.
+processes with one thread each, interleaved. Safety: some epochs of the config as it is, and how long of them went into saving,
+and into looking whether a step is finite.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import nn
 
 import mtl
 from benchmarks.machine import environment
+from mtl.guard import Guard
 from mtl.hardware import usable_cores
 from mtl.keeping import NEW, Keeper
 
@@ -102,6 +105,7 @@ def throughput(folder: Path, rounds: int, steps: int) -> dict[str, list[float]]:
 def safety(folder: Path, epochs: int) -> dict[str, Any]:
     """How long saving took of a run with checkpoints as they are by default."""
     spent: list[float] = []
+    guarding = 0.0
     save = Keeper.save
 
     def timed(keeper: Keeper, kind: str = NEW) -> None:
@@ -111,13 +115,27 @@ def safety(folder: Path, epochs: int) -> dict[str, Any]:
         if keeper._saved != before:
             spent.append(time.perf_counter() - started)
 
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal guarding
+            started = time.perf_counter()
+            found = method(*args)
+            guarding += time.perf_counter() - started
+            return found
+
+        return call
+
+    begin, not_finite = Guard.begin, Guard._not_finite
+    Guard.begin, Guard._not_finite = watched(begin), watched(not_finite)  # type: ignore[method-assign]
     Keeper.save = timed  # type: ignore[assignment, method-assign]
     started = time.perf_counter()
     result = mtl.train(mtl.load_config(CONFIG, [f"epochs={epochs}"]), folder)
     seconds = time.perf_counter() - started
     Keeper.save = save  # type: ignore[method-assign]
+    Guard.begin, Guard._not_finite = begin, not_finite  # type: ignore[method-assign]
     size = max(sum(file.stat().st_size for file in one.iterdir()) for one in (folder / "checkpoints").glob("checkpoint-*"))
-    return {"saves": spent, "training": result.training_seconds, "seconds": seconds, "bytes": size}
+    times = {"saves": spent, "guarding": guarding, "training": result.training_seconds, "seconds": seconds}
+    return {**times, "steps": result.steps, "bytes": size}
 
 
 def measure(rounds: int, steps: int, epochs: int) -> dict[str, Any]:
@@ -149,13 +167,15 @@ def render() -> str:
         lines.append(f"| {name} | {middle:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {middle / one:.2f} |")
     n, where = len(next(iter(rates.values()))), found["environment"]
     spent, inner = sum(safe["saves"]), sum(safe["saves"][1:-1])
+    guarding = 100 * safe["guarding"] / safe["training"]
     lines += [
         "",
         f"n = {n} rounds, interleaved; {where['cores']} cores of {where['device']}, torch {where['torch']}.",
         "",
         f"Saving took {spent:.2f} of {safe['seconds']:.0f} seconds ({100 * spent / safe['seconds']:.2f} %): "
         f"{len(safe['saves'])} checkpoints of {safe['bytes'] / 1e6:.0f} MB; the first and last are written in every run, and "
-        f"those between them took {100 * inner / safe['seconds']:.2f} %.",
+        f"those between them took {100 * inner / safe['seconds']:.2f} %. Looking whether losses and gradients are finite, and "
+        f"keeping what a forward pass changes, took {guarding:.2f} % of {safe['steps']:,} steps.",
     ]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ import typer
 
 from mtl.command import AsJson, Plugins, json_only, load_plugins
 from mtl.errors import MTLError
+from mtl.interruption import Terminated
 from mtl.listing import app as listing_app
 from mtl.printing import brief, print_comparison, print_csv, print_figures, print_result, show
 
@@ -385,4 +386,4 @@ def main() -> None:
 
 def _terminated(number: int, frame: object) -> None:
     """End as after Ctrl-C, what is under way cleared up, with the status that a shell gives to who is told to end."""
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)

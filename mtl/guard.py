@@ -113,9 +113,7 @@ class Guard:
         Returns:
             Whether the step was taken, or, where the host does not know yet, True.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        sizes = torch._foreach_norm(gradients, float("inf")) if gradients else ()
-        bad = ~torch.stack([*(size.to(losses.dtype) for size in sizes), *losses.abs()]).isfinite().all()
+        bad = self._not_finite(losses)
         verdict = torch.cat([bad.to(losses.dtype).reshape(1), losses])
         if self.late == 0:
             taken = not bool(bad)
@@ -140,6 +138,12 @@ class Guard:
         if len(self._waiting) > self.late:
             self._read()
         return True
+
+    def _not_finite(self, losses: Tensor) -> Tensor:
+        """Whether a loss or a gradient is not; on the device."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        sizes = torch._foreach_norm(gradients, float("inf")) if gradients else ()
+        return ~torch.stack([*(size.to(losses.dtype) for size in sizes), *losses.abs()]).isfinite().all()
 
     def settle(self) -> None:
         """Wait for what the host does not know yet: before a run is saved, and at the end of an epoch."""

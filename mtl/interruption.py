@@ -14,6 +14,10 @@ from typing import Any, Self
 HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
+class Terminated(SystemExit):
+    """The process was told to end, by a signal; no plugin called `sys.exit`."""
+
+
 class Interruption:
     """While entered, the first signal is only noted, and `check` raises what it stands for; a second one is raised at once.
 
@@ -48,9 +52,9 @@ class Interruption:
 
         Raises:
             KeyboardInterrupt: by Ctrl-C (SIGINT).
-            SystemExit: by SIGTERM, with the status 143 of a shell.
+            Terminated: by SIGTERM, with the status 143 of a shell.
         """
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+            raise Terminated(128 + self.signal)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mtl.errors import MTLError, PluginError, unknown
+from mtl.interruption import Terminated
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -186,7 +187,7 @@ class Registry:
         try:
             with _loading(f"{self.kind} {point.name!r} of {where}"):
                 target = point.load()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             raise
         except BaseException as error:
             reason = str(error) if isinstance(error, MTLError) else f"{type(error).__name__}: {error}"
@@ -254,7 +255,7 @@ def load_plugin_file(path: Path) -> None:
             except BaseException:
                 del sys.modules[module_name]
                 raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         raise
     except BaseException as error:
         reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"

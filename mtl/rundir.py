@@ -20,7 +20,7 @@ from mtl.errors import RunError
 from mtl.hardware import device_name
 from mtl.locking import Lock, is_own, refuse_held, refuse_unwritable
 from mtl.strict_json import read_strict
-from mtl.writing import write_whole
+from mtl.writing import temporary_prefix, write_whole
 
 DISTRIBUTION = "crosstitch"
 RUNS = Path("runs")
@@ -46,13 +46,24 @@ def refuse_to_overwrite(directory: Path) -> None:
     Raises:
         RunError: it holds something, or is a file.
     """
-    if directory.is_dir() and (others := sorted(one.name for one in directory.iterdir() if not is_own(one.name))):
+    if directory.is_dir() and (others := _held_in(directory)):
         hint = f"; mtl train --resume {directory} goes on with it" if "config.yaml" in others else ""
         raise RunError(
             f"run directory {str(directory)!r} is not empty; nothing was overwritten; give another, or remove it{hint}"
         )
     if directory.exists() and not directory.is_dir():
         raise RunError(f"run directory {str(directory)!r} is a file; give a folder")
+
+
+def _held_in(directory: Path) -> list[str]:
+    """What a directory holds, but for the lock's files. Nothing, where a run was cut while its directory was made: its config
+    comes last.
+    """
+    others = sorted(one.name for one in directory.iterdir() if not is_own(one.name))
+    beginnings = tuple(temporary_prefix(directory / name) for name in ("env.json", "config.yaml"))
+    unfinished = (name in ("env.json", FOLDER) or name.startswith(beginnings) for name in others)
+    checkpoints = directory / FOLDER
+    return [] if all(unfinished) and not (checkpoints.is_dir() and any(checkpoints.iterdir())) else others
 
 
 def make_directory(run_dir: str | Path | None, config: RunConfig) -> tuple[Path, Lock]:
@@ -71,7 +82,7 @@ def make_directory(run_dir: str | Path | None, config: RunConfig) -> tuple[Path,
     lock = Lock(directory)
     try:
         refuse_to_overwrite(directory)
-        (directory / FOLDER).mkdir()
+        (directory / FOLDER).mkdir(exist_ok=True)
         write_whole(directory / "env.json", json.dumps(environment(config), indent=2) + "\n")
         write_whole(directory / "config.yaml", config.to_yaml())
     except OSError as error:

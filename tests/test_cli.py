@@ -426,8 +426,11 @@ def test_full_run_directory_is_left_untouched(config: Path, cwd: Path) -> None:
     assert (cwd / "file").read_text() == "mine"
 
 
-def test_empty_run_directory_is_used(config: Path, cwd: Path) -> None:
+@pytest.mark.parametrize("left", [[], ["env.json"], ["env.json", "checkpoints/", ".config.yaml.77.tmp"]])
+def test_run_directory_that_is_empty_or_was_never_finished_is_used(config: Path, cwd: Path, left: list[str]) -> None:
     (cwd / "run").mkdir()
+    for name in left:
+        (cwd / "run" / name).mkdir() if name.endswith("/") else (cwd / "run" / name).write_text("{")
     assert command("train", config, "epochs=1", "--run-dir", "run", "--json").json["run_dir"] == "run"
     assert (cwd / "run" / "result.json").is_file()
 

@@ -293,6 +293,14 @@ def test_plugin_file_that_fails_says_why(tmp_path: Path, source: str, original: 
     assert not [name for name in sys.modules if name.startswith("mtl_plugin_failing")]
 
 
+def test_to_be_told_to_end_is_no_failure_of_a_plugin(tmp_path: Path) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text("from mtl.interruption import Terminated\nraise Terminated(143)\n")
+    with pytest.raises(SystemExit, match="143"):
+        load_plugin_file(path)
+    assert not [name for name in sys.modules if name.startswith("mtl_plugin_slow")]
+
+
 def test_a_file_that_fails_leaves_nothing_of_its_own(tmp_path: Path) -> None:
     """What it imported on the way stays, since that will not be imported again."""
     path = tmp_path / "half.py"
