@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tests.endurance.nursery import Ended, Nursery, Strike, can_be_apart, each
 from tests.endurance.rig import Rig, rig
 from tests.endurance.rows import Cases, row
-from tests.endurance.victims import FILLED, LOCKED, SAVED, Ended, Nursery, Strike, can_be_apart, each
+from tests.endurance.victims import FILLED, LOCKED, SAVED
 
 DISK, LIMIT, SMALL = "disk", "limit", "small"
 """A small disk that is filled when a file is about to be written; a limit to the size of files from then on; a disk that is too

@@ -12,23 +12,10 @@ from pathlib import Path
 import mtl
 from mtl.checkpoints import newest, verify
 from mtl.commit import number
+from tests.endurance.nursery import TRIES, Ended, Nursery, Strike, command, each
 from tests.endurance.rig import Rig, rig
 from tests.endurance.rows import Cases, row
-from tests.endurance.victims import (
-    BEGUN,
-    FILES,
-    POINTS,
-    PUBLISHED,
-    SAVED,
-    SAVING,
-    STEP,
-    TRIES,
-    Ended,
-    Nursery,
-    Strike,
-    command,
-    each,
-)
+from tests.endurance.victims import BEGUN, FILES, POINTS, PUBLISHED, SAVED, SAVING, STEP
 
 KILLED = -9
 SAVES_HIT = 15

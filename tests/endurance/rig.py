@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 import mtl
 from mtl.checkpoints import STATE, newest
-from tests.endurance.victims import BEGUN, OVER, SAVED, SAVING, TESTING, VALIDATING, Ended, command, each, temporary
+from tests.endurance.nursery import Ended, command, each, temporary
+from tests.endurance.victims import BEGUN, OVER, SAVED, SAVING, TESTING, VALIDATING
 
 IMAGES, STEPS, EVERY = 2048, 60, 5
 TABLE = "rig.csv"

@@ -10,25 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tests.endurance.nursery import TRIES, Nursery, Strike, can_be_apart, command, each
 from tests.endurance.rig import Rig, rig
 from tests.endurance.rows import Cases, row
-from tests.endurance.victims import (
-    BEGUN,
-    DECODING,
-    LOCKED,
-    MARK,
-    SAVED,
-    SAVING,
-    STEP,
-    TESTING,
-    TRIES,
-    VALIDATING,
-    Nursery,
-    Strike,
-    can_be_apart,
-    command,
-    each,
-)
+from tests.endurance.victims import BEGUN, DECODING, LOCKED, MARK, SAVED, SAVING, STEP, TESTING, VALIDATING
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 SECONDS_TO_END = 10.0
