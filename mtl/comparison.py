@@ -19,7 +19,7 @@ from mtl import report
 from mtl.arms import SINGLE_TASK, Arm, Piece, arms_of, default_arms
 from mtl.auto import resolved
 from mtl.collecting import Cell, Facts, collect
-from mtl.comparison_dir import NOTE, begun, default_directory, locked
+from mtl.comparison_dir import NOTE, begun, default_directory, locked, writing
 from mtl.config import InitFrom, RunConfig
 from mtl.errors import ConfigError, RunError, unknown
 from mtl.findings import mean_score, task_score
@@ -78,12 +78,14 @@ def compare(
         made = arms_of(default_arms(config) if arms is None else arms, base, facts.setting.points)
         chosen = reference_of(reference, [arm.name for arm in made])
         cells = cells_of(made, fractions, seeds, facts)
-        write_whole(directory / NOTE, note)
+        with writing(directory):
+            write_whole(directory / NOTE, note)
         failed = train_pieces(cells, directory / "runs", jobs, [Path(one) for one in plugins], progress)
         results = collect(cells, facts, directory, chosen, failed, progress)
-        write_whole(directory / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-        report.write(results, directory)
-        log_arms(results, directory / "tb")
+        with writing(directory):
+            write_whole(directory / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+            report.write(results, directory)
+            log_arms(results, directory / "tb")
     return Comparison(str(directory), results)
 
 

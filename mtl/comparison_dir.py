@@ -58,6 +58,22 @@ def locked(directory: Path) -> Iterator[None]:
         lock.close()
 
 
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Say, of what cannot be written to a comparison's directory, that no run is lost.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write the comparison in {str(directory)!r}: {error.strerror or error}; finished runs are kept, and "
+            "the same again goes on"
+        ) from error
+
+
 def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
     """The config that all runs of a comparison are made from, and what to note of it: of a new one `config` with every `auto`
     that arms have in common resolved; of one that was begun, what it noted. Where to compute and where data are is as now.

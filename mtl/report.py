@@ -16,18 +16,19 @@ from jinja2 import Environment
 from mtl.scores import FLOOR
 from mtl.sections import Section, Table, sections_of
 from mtl.stats import seeds_needed
+from mtl.writing import write_whole
 
 
 def write(results: Mapping[str, Any], directory: Path) -> tuple[Path, Path]:
     """Write `report.html`, and `report.md` with its pictures beside it under `figures/`."""
     page, text = directory / "report.html", directory / "report.md"
     sections = list(sections_of(results))
-    page.write_text(html(results, sections), encoding="utf-8")
+    write_whole(page, html(results, sections))
     folder = directory / "figures"
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.svg"):
         stale.unlink()
-    text.write_text(markdown(results, sections, folder), encoding="utf-8")
+    write_whole(text, markdown(results, sections, folder))
     return page, text
 
 
@@ -63,7 +64,7 @@ def markdown(results: Mapping[str, Any], sections: Sequence[Section], folder: Pa
             if part.picture:
                 number += 1
                 name = f"{number:02}.svg"
-                (folder / name).write_text(part.picture, encoding="utf-8")
+                write_whole(folder / name, part.picture)
                 lines += [f"![{part.caption or section.title}]({folder.name}/{name})", ""]
                 lines += [part.caption, ""] if part.caption else []
     lines += ["## How it was done", "", *[f"- {line}" for line in method(results)], ""]

@@ -34,6 +34,7 @@ from mtl.backbones import SmallCNN
 from mtl.cli import app
 from mtl.collecting import Facts
 from mtl.comparison import cells_of
+from mtl.comparison_dir import begun
 from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, tell
@@ -271,6 +272,20 @@ def test_a_damaged_note_is_told(base: RunConfig, in_tmp: Path, damage: str) -> N
     Path("one/comparison.json").write_text(damage)
     with pytest.raises(mtl.RunError, match=r"comparison.json' is damaged"):
         mtl.compare(base, ["unshared"], 1, out="one")
+
+
+def test_what_cannot_be_written_is_told_and_no_run_is_lost(base: RunConfig, in_tmp: Path) -> None:
+    Path("one").mkdir()
+    Path("one/comparison.json").write_text(begun(Path("one"), base.replaced(epochs=1))[1])
+    Path("one/report.html").mkdir()
+    with pytest.raises(mtl.RunError, match=r"cannot write the comparison in 'one': .*; finished runs are kept"):
+        mtl.compare(base.replaced(epochs=1), ["unshared"], 1, out="one")
+    [run] = Path("one/runs").iterdir()
+    trained = (run / "result.json").read_bytes()
+    Path("one/report.html").rmdir()
+    mtl.compare(base.replaced(epochs=1), ["unshared"], 1, out="one")
+    assert (run / "result.json").read_bytes() == trained
+    assert Path("one/report.html").is_file()
 
 
 def test_a_plan_says_what_would_be_trained_and_leaves_nothing(base: RunConfig, in_tmp: Path) -> None:
