@@ -41,9 +41,15 @@ class Aside:
         return {key: dict(found) for key, part in parts.items() if (found := _unreadable(part))}
 
     def add(self, found: Mapping[tuple[Split, str], Mapping[bytes, str]]) -> None:
-        """Take note of what another process gives as `unreadable`."""
+        """Take note of what another process gives as `unreadable`.
+
+        Raises:
+            DataError: with those of this process they are too many.
+        """
         for (split, name), why in found.items():
-            _unreadable(self.samples[split][name]).update(why)
+            images = self.samples[split][name].images
+            assert isinstance(images, FileImages)
+            images.unreadable.take(why)
 
     def news(self) -> list[str]:
         """A line for each dataset of which something new was set aside; the list is then written again.

@@ -14,6 +14,7 @@ from mtl.evaluation import summed_loss
 from mtl.files import FileImages
 from mtl.guard import LeftOut
 from mtl.run import Run
+from mtl.seeding import seeded
 from mtl.task import Task
 
 SHOWN = 4
@@ -21,7 +22,15 @@ SHOWN = 4
 
 
 def blame(run: Run, left_out: LeftOut) -> str:
-    """Who it was, in words. Costs a few passes over the step's batches; changes nothing but the random generators."""
+    """Who it was, in words. Costs a few passes over the step's batches; changes nothing."""
+    try:
+        with seeded(run.config.seed, "blame"):
+            return _blame(run, left_out)
+    except torch.OutOfMemoryError:
+        return "who it was could not be found out, for lack of memory"
+
+
+def _blame(run: Run, left_out: LeftOut) -> str:
     names = [task.name for task in run.model.tasks]
     lost = [name for name, loss in zip(names, left_out.losses, strict=False) if not _finite(loss)]
     batches = [batch for of_step in left_out.step for batch in of_step]
@@ -30,7 +39,7 @@ def blame(run: Run, left_out: LeftOut) -> str:
     if lost:
         return "; ".join(_of_task(run, batches, task) for task in run.model.tasks if task.name in lost)
     found = [said for task in run.model.tasks if (said := _gradient(run, left_out, task))]
-    return "; ".join(found) or "a gradient was not finite, and is when it is computed again"
+    return "; ".join(found) or "a gradient, or its square, was not finite, and is when it is computed again"
 
 
 def _finite(value: float) -> bool:
@@ -81,9 +90,10 @@ def _gradient(run: Run, left_out: LeftOut, task: Task) -> str:
             continue
         found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         pairs = zip(named, found, strict=True)
-        bad |= dict.fromkeys(name for (name, _), g in pairs if g is not None and not bool(g.isfinite().all()))
+        bad |= dict.fromkeys(name for (name, _), g in pairs if g is not None and not bool(g.abs().max().square().isfinite()))
     more = f" and {len(bad) - SHOWN} more" * (len(bad) > SHOWN)
-    return f"the gradient of {task.name} is not finite for {', '.join(list(bad)[:SHOWN])}{more}" if bad else ""
+    what = f"the gradient of {task.name}, or its square, is not finite"
+    return f"{what} for {', '.join(list(bad)[:SHOWN])}{more}" if bad else ""
 
 
 def _sample(batch: Batch, i: int) -> Batch:

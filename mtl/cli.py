@@ -87,16 +87,12 @@ def train(
             result = vars(resuming.resume(resume, changes, for_terminal()))
         elif config is None:
             raise ConfigError(["give a CONFIG.yaml to train, or --resume RUN"])
-        elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not dry_run:
-            if run_dir is None:
-                raise ConfigError(["torchrun has started this again; which run to go on with is known only with --run-dir"])
-            if (run_dir / "config.yaml").is_file():
-                result = vars(resuming.resume(run_dir, (), for_terminal()))
-            else:
-                result = vars(build.train(load(config, overrides or []), run_dir, for_terminal()))
+        elif dry_run:
+            result = survey.dry_run(load(config, overrides or []))
+        elif "TORCHELASTIC_RESTART_COUNT" in os.environ:  # torchrun started this
+            result = vars(resuming.train_or_resume(load(config, overrides or []), run_dir, for_terminal()))
         else:
-            loaded = load(config, overrides or [])
-            result = survey.dry_run(loaded) if dry_run else vars(build.train(loaded, run_dir, for_terminal()))
+            result = vars(build.train(load(config, overrides or []), run_dir, for_terminal()))
     if os.environ.get("RANK", "0") != "0":
         return
     if dry_run and not as_json:

@@ -57,7 +57,8 @@ def commit(parent: Path, name: str, files: Mapping[str, Content], keep: Callable
         keep: whether the folder of a name stays; the new one does.
 
     Raises:
-        OSError: it cannot be written; everything is then as it was.
+        OSError: it cannot be written; everything is then as it was. Or the pointer cannot be, or what is old not removed; the
+            folder is then there, whole.
     """
     temporary = parent / f"{name}{TEMPORARY}{secrets.token_hex(4)}"
     try:
@@ -83,7 +84,10 @@ def write_file(path: Path, content: Content) -> str:
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
+        path.touch()
+        mode = path.stat().st_mode  # as for any file; a library may have ideas of its own
         content(path)
+        path.chmod(mode)
     synchronise(path)
     return digest(path)
 

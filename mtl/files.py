@@ -103,9 +103,18 @@ class Unreadable:
         Raises:
             DataError: that is one too many.
         """
-        self.why[path] = why
+        self.take({path: why})
+
+    def take(self, found: Mapping[bytes, str]) -> None:
+        """Take note of some.
+
+        Raises:
+            DataError: those are too many.
+        """
+        self.why.update(found)
         if len(self.why) <= self.most:
             return
+        path, why = next(reversed(self.why.items()))
         if len(self.why) == 1:
             raise DataError(
                 f"image file {os.fsdecode(path)!r} cannot be read: {why}; repair it, leave it out of the dataset, or allow "

@@ -3,6 +3,7 @@
 It is found before the optimizer. On a CPU, and for a balancer that needs finite losses, the host looks at once and leaves the
 step out. Elsewhere nothing waits: the fused optimizers leave the step out themselves (`found_inf`), buffers are put back on the
 device, and the host reads some steps later what became of it; the schedule is then put back by the step that it went too far.
+As a save waits for what is not known yet, the rates of these few steps can depend on whether one came between.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ EXPLODED = 2.0**24
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A step that was left out: its unweighted losses, (T + 1,), and its batches."""
+    """A step that was left out: its unweighted losses, (T + 1,), its batches, and how many steps were begun after it before the
+    host knew.
+    """
 
     losses: list[float]
     step: Step
+    ago: int = 0
 
 
 @dataclass
@@ -140,10 +144,11 @@ class Guard:
         return True
 
     def _not_finite(self, losses: Tensor) -> Tensor:
-        """Whether a loss or a gradient is not; on the device."""
+        """Whether a loss, a gradient or its square is not; on the device."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         sizes = torch._foreach_norm(gradients, float("inf")) if gradients else ()
-        return ~torch.stack([*(size.to(losses.dtype) for size in sizes), *losses.abs()]).isfinite().all()
+        squares = [size.to(losses.dtype).square() for size in sizes]  # which Adam keeps
+        return ~torch.stack([*squares, *losses]).isfinite().all()
 
     def settle(self) -> None:
         """Wait for what the host does not know yet: before a run is saved, and at the end of an epoch."""
@@ -190,13 +195,18 @@ class Guard:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
+    @property
+    def behind(self) -> int:
+        """Steps of which the host does not know yet what became."""
+        return len(self._waiting)
+
     def _judge(self, verdict: list[float], step: Step) -> None:
         """Take note of what became of a step."""
         bad, losses = bool(verdict[0]), verdict[1:]
         if bad:
             self.skipped += 1
             self.in_a_row += 1
-            self.last, self._told = LeftOut(losses, step), False
+            self.last, self._told = LeftOut(losses, step, self.behind), False
             return
         self.in_a_row, self.last = 0, None
         weighted = [abs(weight * loss) for weight, loss in zip(self.weights, losses, strict=False)]

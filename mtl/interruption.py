@@ -26,6 +26,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._received = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -43,9 +44,14 @@ class Interruption:
             self.check()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = self.signal is not None, signal.Signals(number)
+        again, self._received = self._received, True
+        self.signal = signal.Signals(number)
         if again:
             self.check()
+
+    def agree(self, number: int) -> None:
+        """Take note that another process of the training has received a signal; one of this process's own is then its first."""
+        self.signal = self.signal or signal.Signals(number)
 
     def check(self) -> None:
         """Stop here if that was asked for.

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
@@ -61,6 +60,8 @@ class Keeper:
         self._last, self._cost = time.monotonic(), 0.0
         there = committed(self.folder)
         self._number = max(map(number, (folder.name for folder in there)), default=0)
+        last = self._number if state.restored is None else number(state.restored.name)
+        self._whole = sorted(n for n in map(number, (folder.name for folder in there)) if n <= last)
         self._began = time.monotonic()
         self._saved = None if state.restored is None else (state.steps, state.epoch)
 
@@ -80,17 +81,18 @@ class Keeper:
         """Save an epoch that is over, validated and logged, if that is not too often; stop if that was asked for."""
         options = self.run.config.checkpoints
         stays = options.keep_every_epochs is not None and self.state.epoch % options.keep_every_epochs == 0
-        if self._agreed(stays or (options.every_steps is None and self._waited(0.0))):
-            self.save(KEPT if stays else NEW)
+        kind = KEPT if stays else NEW
+        if self._agreed(stays or (options.every_steps is None and self._waited(0.0)), kind):
+            self.save(kind)
 
-    def stop_if_asked(self) -> None:
+    def stop_if_asked(self, kind: str = NEW) -> None:
         """Save and stop, if that was asked for; where nothing that is saved is half done.
 
         Raises:
             KeyboardInterrupt, SystemExit: it was.
         """
         if self.interruption.signal is not None:
-            self.save()
+            self.save(kind)
             self.interruption.check()
 
     def save(self, kind: str = NEW) -> None:
@@ -107,9 +109,15 @@ class Keeper:
         ranks = self.run.processes.gathered((random_values(), random_tensors()))
         self.run.processes.first(lambda: self._write(f"{kind}-{self._number + 1:06d}", ranks))
         self._number += 1
+        self._whole.append(self._number)
         self._saved = now
         self._last = time.monotonic()
         self._cost = self._last - started
+
+    def save_if_sound(self) -> None:
+        """Save a run that cannot go on, unless its weights are spoiled: what it has learned, and its best weights, stay."""
+        if all(bool(p.isfinite().all()) for p in self.run.model.parameters()):
+            self.save()
 
     def _write(self, name: str, ranks: Sequence[Randomness]) -> None:
         """Write the checkpoint of this name."""
@@ -119,7 +127,7 @@ class Keeper:
             self.run.tracker.flush()
             commit(self.folder, name, self._files(ranks), self._wanted)
 
-    def _agreed(self, due: bool) -> bool:
+    def _agreed(self, due: bool, kind: str = NEW) -> bool:
         """Whether all processes save now: if the first finds that it is time to. All stop if one of them was told to.
 
         Raises:
@@ -128,8 +136,8 @@ class Keeper:
         asked = self.interruption.signal
         agreed, number = self.run.processes.most([int(due and self.run.processes.writes), asked or 0])
         if number:
-            self.interruption.signal = Signals(number)
-        self.stop_if_asked()
+            self.interruption.agree(number)
+        self.stop_if_asked(kind)
         return bool(agreed)
 
     @contextmanager
@@ -151,7 +159,9 @@ class Keeper:
         return time.monotonic() - self._last >= max(seconds, self._cost / SHARE)
 
     def _wanted(self, name: str) -> bool:
-        return name.startswith(KEPT) or number(name) > self._number + 1 - self.run.config.checkpoints.keep
+        """Whether a checkpoint stays, once the next is written. One that was found damaged does not count among those kept."""
+        kept = [*self._whole, self._number + 1][-self.run.config.checkpoints.keep :]
+        return name.startswith(KEPT) or number(name) >= kept[0]
 
     def _files(self, ranks: Sequence[Randomness]) -> dict[str, Content]:
         run, state = self.run, self.state
@@ -188,6 +198,7 @@ def taken(run: Run, state: State, seconds: float, ranks: Sequence[Randomness]) -
             "left_out": int(part.left_out),
             "labels": [int(n) for n in part.labels],
             "rates": part.rates,
+            "skipped_before": part.skipped_before,
             "over": part.over,
         },
         "guard": run.guard.memory(),
@@ -218,7 +229,7 @@ def restore(run: Run, folder: Path) -> State:
     values, tensors = state_of(folder), read_tensors(folder / TRAINING)
     try:
         return _restored(run, folder, values, tensors)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError, OSError) as error:
         raise RunError(f"{str(folder)!r} is not what this version wrote: {type(error).__name__}: {error}") from error
 
 
@@ -238,8 +249,7 @@ def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str,
     if values["schedule"].keys() != run.schedule.state_dict().keys():  # it would take any for its attributes
         raise ValueError(f"a schedule of {', '.join(values['schedule'])}")
     run.schedule.load_state_dict(values["schedule"])
-    if "guard" in values:  # not in the first checkpoints of this format
-        run.guard.recall(values["guard"])
+    run.guard.recall(values["guard"])
     run.rows.cut(values["logs"]["metrics"])
     run.exchange_rows.cut(values["logs"]["exchange"])
     part = values["partial"]
@@ -277,7 +287,7 @@ def _random_of(rank: int) -> str:
 
 def _randomness(rank: int, values: dict[str, Any], tensors: dict[str, Tensor]) -> Randomness | None:
     """Of the process of this rank; None where there was none: it begins as in a new run."""
-    everybody = [values["random"], *values.get("ranks", [])]  # the first checkpoints of this format are of one process
+    everybody = [values["random"], *values["ranks"]]
     return (everybody[rank], _under(_random_of(rank), tensors)) if rank < len(everybody) else None
 
 

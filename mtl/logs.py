@@ -93,10 +93,11 @@ def opening_line(run: Run) -> str:
     """What is about to be trained, in one line."""
     config, model = run.config, run.model
     count = sum(len(part) for part in run.samples[Split.TRAIN].values())
+    several = f"{run.processes.count} processes, " * (run.processes.count > 1)
     return (
         f"{config.sharing.kind}: {len(model.tasks)} tasks, {model.parameter_count():,} parameters, {count:,} training images, "
-        f"{config.device} {config.precision}{', towers batched' * (config.execution == 'batched')}, seed {config.seed}, "
-        f"{run.directory}"
+        f"{config.device} {config.precision}{', towers batched' * (config.execution == 'batched')}, {several}"
+        f"seed {config.seed}, {run.directory}"
     )
 
 
@@ -116,14 +117,18 @@ def summary_line(run: Run, epoch: int, trained: Trained, figures: Mapping[str, T
     """One epoch in one line: training losses, validation scores, speed."""
     parts = [f"epoch {epoch}/{run.config.epochs}"]
     for task, loss in zip(run.model.tasks, trained.losses, strict=False):
-        text = f"{task.name} loss {loss:.4f}"
+        text = f"{task.name} loss {_short(loss)}"
         if (value := figures.get(task.name, {}).get(task.score_name)) is not None:
-            text += f" val {task.score_name} {value:.4f}"
+            text += f" val {task.score_name} {_short(value)}"
         parts.append(text)
     if score is not None:
-        parts.append(f"val score {score:.4f}")
+        parts.append(f"val score {_short(score)}")
     parts.append(f"{trained.images_per_second:,.0f} images/s")
     return " | ".join(parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def tell_aside(run: Run) -> None:

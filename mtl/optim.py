@@ -108,7 +108,11 @@ def make_optimizer(
         case "adamw":
             return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+            made = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+            if config.momentum:  # it would make its first moments without looking whether the step is left out
+                for p in (p for group in made.param_groups for p in group["params"]):
+                    made.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            return made
 
 
 def make_schedule(

@@ -7,9 +7,12 @@ called by all processes at the same place, or all of them wait; a process that f
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +26,9 @@ from mtl.memory import moved
 
 T = TypeVar("T")
 
+MEETING = 600.0
+"""Seconds in which all processes of a training come: machines do not start at the same moment."""
+
 
 class Processes(ABC):
     """What the processes of a training do together.
@@ -30,10 +36,12 @@ class Processes(ABC):
     Attributes:
         rank: of this one, from 0.
         count: how many there are.
+        again: whether `torchrun` started them again, after one had died.
     """
 
     rank: int
     count: int
+    again: bool = False
 
     @property
     def writes(self) -> bool:
@@ -43,6 +51,10 @@ class Processes(ABC):
     @abstractmethod
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum over processes, on the device, in all of them; gradients pass to this process's own part."""
+
+    @abstractmethod
+    def alike(self, tensors: Iterable[Tensor]) -> None:
+        """Give these the values that the first process has."""
 
     @abstractmethod
     def most(self, values: Sequence[int]) -> list[int]:
@@ -78,8 +90,14 @@ class Alone(Processes):
 
     rank, count = 0, 1
 
+    def __init__(self, again: bool = False) -> None:
+        self.again = again
+
     def summed(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def alike(self, tensors: Iterable[Tensor]) -> None:
+        return
 
     def most(self, values: Sequence[int]) -> list[int]:
         return list(values)
@@ -108,16 +126,22 @@ class Several(Processes):
 
     Args:
         local_rank: of this process among those of its machine.
+        again: whether this one knows that they were started again.
     """
 
-    def __init__(self, local_rank: int) -> None:
+    def __init__(self, local_rank: int, again: bool) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.local_rank = local_rank
+        self.again = bool(self.most([again])[0])
 
     def summed(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
         _together(lambda: dist.all_reduce(total))
         return _Whole.apply(tensor, total) if tensor.requires_grad else total
+
+    def alike(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            _together(partial(dist.broadcast, tensor, 0))
 
     def most(self, values: Sequence[int]) -> list[int]:
         found = torch.tensor(values)
@@ -204,14 +228,55 @@ def _together(action: Callable[[], Any]) -> None:
         raise RunError(f"another process of this training is gone, or out of step: {str(error).splitlines()[0]}") from error
 
 
-def _meet(backend: str) -> None:
-    """Make the default group. What `torchrun` started again meets under other keys than the processes before it: their store is
-    the same, and the addresses in it are of the dead.
+def _meet(backend: str) -> int:
+    """Make the default group. How many such meetings there were in this job, with this one.
+
+    What `torchrun` started again finds the store of the processes before it, with the addresses of the dead, and has no number
+    that all machines agree on. So each meeting has keys of its own.
     """
     store, rank, count = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"attempt{attempt}", store)  # type: ignore[attr-defined]
+    number = _called(store, count) if rank == 0 else _answered(store, rank)
+    own = dist.PrefixStore(f"meeting{number}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+    return number
+
+
+def _called(store: Any, count: int) -> int:
+    """The first process calls a meeting, and begins it with the words of those that have come."""
+    number = int(store.add("meetings", 1))
+    answers = [f"meeting{number}/{rank}" for rank in range(1, count)]
+    _wait_until(lambda: store.check(answers))
+    store.set(f"meeting{number}/begins", b" ".join(store.get(one) for one in answers))
+    return number
+
+
+def _answered(store: Any, rank: int) -> int:
+    """The others answer whatever meeting is called, until one begins with their word: another is of those before them."""
+    word, answered = secrets.token_hex(8), 0
+
+    def begins() -> bool:
+        nonlocal answered
+        if (number := int(store.add("meetings", 0))) > answered:
+            store.set(f"meeting{number}/{rank}", word)
+            answered = number
+        key = f"meeting{answered}/begins"
+        return bool(answered and store.check([key]) and word in store.get(key).decode().split())
+
+    _wait_until(begins)
+    return answered
+
+
+def _wait_until(there: Callable[[], bool]) -> None:
+    """Look again and again, so that signals are heard meanwhile.
+
+    Raises:
+        RuntimeError: not within `MEETING`.
+    """
+    until = time.monotonic() + MEETING
+    while not there():
+        if time.monotonic() > until:
+            raise RuntimeError(f"not all processes of this training have come within {MEETING:.0f} s")
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -239,8 +304,9 @@ def joined(device: str) -> Iterator[Processes]:
     Raises:
         RunError: the others cannot be reached.
     """
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
-        yield Alone()
+        yield Alone(again)
         return
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and device != "cpu":
@@ -248,9 +314,9 @@ def joined(device: str) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
-    ours = not dist.is_initialized()
+    ours, meetings = not dist.is_initialized(), list[int]()
     if ours:
-        _together(lambda: _meet(backend))
-    yield Several(local_rank)
+        _together(lambda: meetings.append(_meet(backend)))
+    yield Several(local_rank, again or any(number > 1 for number in meetings))
     if ours:
         dist.destroy_process_group()

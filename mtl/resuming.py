@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mtl.auto import resolved
-from mtl.build import composed
+from mtl.build import composed, train
 from mtl.checkpoints import FOLDER, LARGEST_STATE, folder_of, newest, state_of
 from mtl.commit import POINTER, committed
 from mtl.comparison_dir import differing
@@ -25,7 +25,7 @@ from mtl.locking import Lock
 from mtl.processes import Processes, joined
 from mtl.progress import Progress, Silent
 from mtl.run import RunResult
-from mtl.rundir import note_resumed
+from mtl.rundir import note_resumed, refuse_links
 from mtl.strict_json import read_strict
 from mtl.trainer import fit, out_of_patience
 
@@ -38,6 +38,23 @@ NOTHING_DONE: dict[str, Any] = {"epoch": 0, "partial": None}
 Place = Callable[[RunConfig], tuple[Path, Lock]]
 LENGTH = "epochs"
 """The key that may change where nothing was laid out over the run: with a constant rate, no warm-up and no `max_steps`."""
+
+
+def train_or_resume(config: RunConfig, run_dir: Path | None, progress: Progress) -> RunResult:
+    """Train a run, or go on with it where `torchrun` has started its processes again.
+
+    Raises:
+        ConfigError: it has, and nobody said which run.
+        RunError: the directory holds something else.
+    """
+    with joined(config.device) as processes:
+        if not processes.again:
+            return train(config, run_dir, progress)
+        if run_dir is None:
+            raise ConfigError(["torchrun has started this again; which run to go on with is known only with --run-dir"])
+        if processes.first(lambda: (run_dir / "config.yaml").is_file() and is_of(run_dir, config)):
+            return resume(run_dir, (), progress)
+        return train(config, run_dir, progress)
 
 
 def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> RunResult:
@@ -62,6 +79,7 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
     directory, progress = Path(run_dir), progress or Silent()
     if not (directory / "config.yaml").is_file():
         raise RunError(f"{str(directory)!r} is not a run directory: it has no config.yaml")
+    refuse_links(directory)
     tree = read_tree(directory / "config.yaml")
     written = from_tree(tree, source=str(directory / "config.yaml"))
     config = from_tree(override(tree, overrides), source="overrides")
@@ -99,7 +117,7 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), progress: Progres
             except BaseException:
                 made.close()
                 raise
-            if (count := 1 + len(stands.get("ranks", []))) != processes.count:
+            if (count := 1 + len(stands["ranks"])) != processes.count:
                 changes.append(f"processes: {count} -> {processes.count}, so that results differ by rounding and by dropout")
             made.notes += [*wrong, *changes, f"goes on after step {state.steps}, from {folder.name}"]
             return fit(made, state)

@@ -92,7 +92,7 @@ class Run:
 class Partial:
     """What has been trained of an epoch: steps, images, seconds, the losses of each task and of the objective, (T + 1,), summed
     over the images, labels by task, and the learning rates of the last step. `left_out` are the images of steps that were left
-    out, which are in no loss and no label.
+    out, which are in no loss and no label; `skipped_before` are the steps that were left out before the epoch.
     """
 
     losses: Tensor
@@ -102,6 +102,7 @@ class Partial:
     left_out: int | Tensor = 0
     seconds: float = 0.0
     rates: dict[str, float] = field(default_factory=dict)
+    skipped_before: int = 0
     over: bool = False
     """All of it is trained, and the balancer knows; it may not be validated yet."""
 
@@ -153,7 +154,8 @@ class RunResult:
     `seconds` are those of training, validation and test; `warm_up_seconds`, of compiling, came before them, and
     `training_seconds` are those of optimizer steps alone. `peak_memory_bytes` is the most that the run held: of the GPU's
     memory, or of this process's (resident, libraries included); None where the system does not tell. `set_aside` is
-    {dataset: {why: how many}} of what was not used; `steps_left_out`, of `steps`, had a loss or a gradient that is not finite.
+    {dataset: {why: how many}} of what was not used; `steps_left_out`, of `steps`, had a loss or a gradient that is not finite;
+    `processes` shared every batch.
     """
 
     run_dir: str
@@ -178,3 +180,4 @@ class RunResult:
     config_digest: str
     set_aside: dict[str, dict[str, int]]
     steps_left_out: int = 0
+    processes: int = 1

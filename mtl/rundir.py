@@ -66,6 +66,18 @@ def _held_in(directory: Path) -> list[str]:
     return [] if all(unfinished) and not (checkpoints.is_dir() and any(checkpoints.iterdir())) else others
 
 
+def refuse_links(directory: Path) -> None:
+    """A run writes into its own directory: of one that somebody gave, no name may lead out of it.
+
+    Raises:
+        RunError: one is a link.
+    """
+    if links := sorted(one.name for one in directory.iterdir() if one.is_symlink()):
+        raise RunError(
+            f"{str(directory / links[0])!r} is a link, through which a run writes nothing; put the thing itself there"
+        )
+
+
 def make_directory(run_dir: str | Path | None, config: RunConfig) -> tuple[Path, Lock]:
     """A fresh run directory, held by this process; None: one under `runs/`, named by time, sharing, backbone and seed.
 

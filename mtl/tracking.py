@@ -114,7 +114,7 @@ class Rows:
         """Append rows."""
         if not self._writes:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open(self._path, "a", encoding="utf-8", opener=_opened) as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
     def size(self) -> int:
@@ -127,9 +127,22 @@ class Rows:
             synchronise(self._path)
 
     def cut(self, size: int) -> None:
-        """Forget what was written after the first `size` bytes."""
+        """Forget what was written after the first `size` bytes.
+
+        Raises:
+            ValueError: a size below zero.
+            OSError: it cannot be written, or is a link.
+        """
+        if size < 0:
+            raise ValueError(f"{self._path.name} of {size} bytes")
         if self._writes and self.size() > size:
-            os.truncate(self._path, size)
+            with open(self._path, "ab", opener=_opened) as file:
+                file.truncate(size)
+
+
+def _opened(path: str, flags: int) -> int:
+    """Of a file to be written; not through a link, which may lead anywhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def draw_coupling(matrix: NDArray[np.float64], tasks: Sequence[str], title: str) -> NDArray[np.uint8]:

@@ -35,6 +35,8 @@ from mtl.step import seen_labels, train_step
 from mtl.weights import load_state, weights_of, without_balancer
 from mtl.writing import write_whole
 
+REMEDY = "look whether its labels and its loss are sound, or try a new run with a lower optim.lr, or optim.clip_norm"
+
 
 def fit(run: Run, state: State | None = None) -> RunResult:
     """Train a run to its end, write its files, and read the test split once, with the selected weights.
@@ -107,6 +109,7 @@ def result_of(run: Run, state: State, seconds: float, test: dict[str, Any] | Non
         config_digest=config.digest(),
         set_aside=run.aside.counts(),
         steps_left_out=run.guard.skipped,
+        processes=run.processes.count,
     )
 
 
@@ -140,7 +143,7 @@ def out_of_patience(patience: int | None, epoch: int, best: int | None) -> bool:
 def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:
     """One epoch: train, validate, log, keep the weights."""
     names = [task.name for task in run.model.tasks]
-    before = run.guard.skipped
+    before = run.guard.skipped if state.partial is None else state.partial.skipped_before
 
     def between() -> None:
         watch(run, state, keeper, before)
@@ -150,9 +153,9 @@ def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:
     watch(run, state, keeper, before)
     if (left_out := run.guard.skipped - before) > 1:
         run.progress.line(f"epoch {state.epoch + 1}: {left_out} steps were left out, for a loss or a gradient was not finite")
-    check_finite(state, keeper, dict(zip(names, trained.losses, strict=False)))
+    check_finite(state, keeper, "training", dict(zip(names, trained.losses, strict=False)))
     figures, score = score_split(run, Split.VAL, keeper.stop_if_asked)
-    check_finite(state, keeper, {name: of_task["loss"] for name, of_task in figures.items()})
+    check_finite(state, keeper, "validation", {name: of_task["loss"] for name, of_task in figures.items()})
     state.images += trained.images
     state.training_seconds += trained.seconds
     state.epoch += 1
@@ -182,17 +185,19 @@ def watch(run: Run, state: State, keeper: Keeper, before: int) -> None:
     guard, part = run.guard, state.partial
     none_taken = part is not None and part.over and int(part.left_out) == part.images
     if guard.last is not None and (guard.in_a_row >= IN_A_ROW or none_taken):
+        keeper.save_if_sound()
         raise DivergedError(
-            f"{guard.in_a_row} steps in a row were left out, up to step {state.steps} in epoch {state.epoch + 1}: "
-            f"{blamed(run, guard.last)}; {keeper.newest}; try a lower optim.lr, or optim.clip_norm"
+            f"{guard.in_a_row} steps in a row were left out, up to step {state.steps - guard.last.ago} in epoch "
+            f"{state.epoch + 1}: {blamed(run, guard.last)}; {keeper.newest}; {REMEDY}"
         )
     if (left_out := guard.news()) is not None and guard.skipped == before + 1:
-        run.progress.line(f"step {state.steps} was left out: {blamed(run, left_out)}")
+        run.progress.line(f"step {state.steps - left_out.ago} was left out: {blamed(run, left_out)}")
     if exploding := [task.name for task, n in zip(run.model.tasks, guard.exploding, strict=True) if n >= IN_A_ROW]:
+        keeper.save_if_sound()
         raise DivergedError(
             f"the loss of {', '.join(exploding)} has been over {EXPLODED:.0e} times that of any other task for {IN_A_ROW} "
-            f"steps, up to step {state.steps}, so that nothing is left of theirs in a sum; {keeper.newest}; scale its labels "
-            "or its loss, give it a lower weight, or try a lower optim.lr"
+            f"steps, up to step {state.steps - guard.behind}, so that nothing is left of theirs in a sum; {keeper.newest}; "
+            "in a new run, scale its labels or its loss, give it a lower weight, or try a lower optim.lr"
         )
 
 
@@ -215,7 +220,7 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
     """
     run.model.train()
     sums, none = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device), [0] * len(run.model.tasks)
-    part = state.partial = state.partial or Partial(sums, list[int | Tensor](none))
+    part = state.partial = state.partial or Partial(sums, list[int | Tensor](none), skipped_before=run.guard.skipped)
     most = (run.config.max_steps or sys.maxsize) - state.steps
     total = min(part.steps + most, run.feed.steps_per_epoch)
     run.progress.begin(f"epoch {state.epoch + 1}/{run.config.epochs}", total)
@@ -244,18 +249,19 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
         run.balancer.after_epoch()
         part.over = True
     run.guard.settle()
+    run.processes.alike(run.model.buffers())  # batch norm's, of which each process has its own
     losses = part.means
     part.seconds += time.monotonic() - since  # until the device has done what it was given
     return Trained(part.images, part.seconds, losses, [int(n) for n in part.labels], part.rates)
 
 
-def check_finite(state: State, keeper: Keeper, losses: Mapping[str, float | None]) -> None:
+def check_finite(state: State, keeper: Keeper, where: str, losses: Mapping[str, float | None]) -> None:
     """Complain about an epoch in which a loss is not a number any more, naming the tasks."""
     if bad := [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]:
         keeper.interruption.check()  # whoever trains another run after this one is to know of it
+        keeper.save_if_sound()
         raise DivergedError(
-            f"the loss of {', '.join(bad)} is not finite in epoch {state.epoch + 1}; {keeper.newest}; try a lower optim.lr, or "
-            "optim.clip_norm"
+            f"the loss of {', '.join(bad)} is not finite in {where}, in epoch {state.epoch + 1}; {keeper.newest}; {REMEDY}"
         )
 
 

@@ -197,7 +197,7 @@ def _header(path: Path) -> bytes:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > LARGEST_HEADER:
-            raise ValueError(f"a header of {size:,} bytes, where {LARGEST_HEADER:,} are read")
+            raise ValueError(f"no safetensors file: a header of {size:,} bytes, where {LARGEST_HEADER:,} are read")
         return file.read(size)
 
 

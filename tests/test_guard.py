@@ -120,6 +120,42 @@ def test_such_a_step_changes_nothing(what: str, optim: str, late: int, ready: Ca
         check_same(everything(run), before)
 
 
+@pytest.mark.parametrize("late", [0, LATE])
+@pytest.mark.parametrize("optim", ["adam", "adamw", "sgd"])
+def test_a_first_step_that_is_left_out_might_not_have_been(optim: str, late: int, ready: Callable[..., Run]) -> None:
+    backbone = {"name": "small_cnn", "width": 0.1, "dropout": 0}
+    given: dict[str, Any] = {"optim": {"name": optim, "schedule": "cosine"}, "sharing": "cross_stitch", "backbone": backbone}
+    other, run = ready(late, **given), ready(late, **given)
+    with bad_gradient(run, "tiny_a"):
+        train_step(run, step_of(run, 0))
+    run.guard.settle()
+    for number in (1, 2, 0, 1):
+        for one in (run, other):
+            train_step(one, step_of(one, number))
+            one.guard.settle()
+    assert (run.guard.skipped, other.guard.skipped) == (1, 0)
+    check_same(everything(run), everything(other))
+
+
+@pytest.mark.parametrize("late", [0, LATE])
+def test_a_gradient_whose_square_is_not_finite_is_left_out(late: int, ready: Callable[..., Run]) -> None:
+    """Adam would keep it for ever, and never move that weight again."""
+    run = ready(late, sharing="cross_stitch")
+    train_step(run, step_of(run, 0))
+    run.guard.settle()
+    before = everything(run)
+    weight = next(p for name, p in run.model.named_parameters() if name.startswith("heads.tiny_a"))
+    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, 2e19))
+    train_step(run, step_of(run, 1))
+    run.guard.settle()
+    check_same(everything(run), before)
+    step = step_of(run, 1)
+    assert "the gradient of tiny_a, or its square, is not finite for heads.tiny_a" in blame_module.blame(
+        run, LeftOut([1.0, 1.0, 2.0], step)
+    )
+    hook.remove()
+
+
 @pytest.mark.parametrize("name", ["fixed", "uncertainty", "random", *RUNNABLE])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_no_balancer_remembers_it(name: str, what: str, ready: Callable[..., Run]) -> None:
@@ -176,7 +212,7 @@ def test_a_step_that_is_left_out_is_told_with_who_it_was(tiny_config: dict[str, 
 
 
 BY_LOSS = r"10 steps in a row were left out, up to step 12 in epoch 1: the loss of tiny_b is not finite; step 11 is saved"
-BY_GRADIENT = r"10 steps in a row were left out.*the gradient of tiny_b is not finite for heads\.tiny_b"
+BY_GRADIENT = r"10 steps in a row were left out.*the gradient of tiny_b, or its square, is not finite for heads\.tiny_b"
 
 
 @pytest.mark.parametrize("message", [BY_LOSS, BY_GRADIENT])

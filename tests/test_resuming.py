@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +24,7 @@ from mtl import commit, evaluation, trainer
 from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, newest, state_of, verify
 from mtl.commit import MANIFEST, committed
 from mtl.decoding import Decoders
+from mtl.interruption import Interruption, Terminated
 from mtl.keeping import Keeper
 from mtl.locking import Lock
 
@@ -138,6 +139,57 @@ def test_a_resumed_run_equals_one_that_was_never_cut(name: str, tiny_config: dic
             assert rows(in_tmp / f"cut{steps}", "exchange.jsonl") == rows(in_tmp / "whole", "exchange.jsonl")
 
 
+def test_a_run_with_steps_left_out_is_resumed_as_if_never_cut(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    """Whoever looks who it was draws no random number of the run's, and an epoch's steps are counted across a cut."""
+    given = config(tiny_config, epochs=1, epoch_steps=10)
+    real = trainer.train_step
+
+    def steps_from(done: int) -> Callable[..., Any]:
+        numbers = iter(range(done, 99))
+
+        def step(run: Any, of: Any) -> Any:
+            weight = next(p for name, p in run.model.named_parameters() if name.startswith("heads.tiny_b"))
+            bad = next(numbers) in (2, 6)
+            hook = weight.register_hook(lambda gradient: gradient * float("nan")) if bad else None
+            found = real(run, of)
+            if hook is not None:
+                hook.remove()
+            return found
+
+        return step
+
+    def told(shown: Lines) -> list[str]:
+        return [line for line in shown.lines if "left out" in line]
+
+    whole, first, then = Lines(), Lines(), Lines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", steps_from(0))
+        assert mtl.train(given, "whole", whole).steps_left_out == 2
+        patch.setattr(trainer, "train_step", steps_from(0))
+        with cut_after(5):
+            mtl.train(given, "cut", first)
+        patch.setattr(trainer, "train_step", steps_from(4))
+        mtl.resume("cut", progress=then)
+    assert digest(in_tmp / "cut") == digest(in_tmp / "whole")
+    assert [*told(first), *told(then)] == told(whole)
+    assert told(whole)[0].startswith("step 3 was left out: ")
+    assert told(whole)[1:] == ["epoch 1: 2 steps were left out, for a loss or a gradient was not finite"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tb", "checkpoints", ".lock", "anything"])
+def test_a_run_directory_that_leads_elsewhere_is_refused(name: str, tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    with cut_after(4):
+        mtl.train(config(tiny_config), "run")
+    path = in_tmp / "run" / name
+    if path.exists():
+        path.rename(in_tmp / "elsewhere")
+    path.symlink_to(in_tmp / "elsewhere")
+    before = sorted(in_tmp.rglob("*"))
+    with pytest.raises(mtl.RunError, match=rf"'run/{name}' is a link, through which a run writes nothing"):
+        mtl.resume("run")
+    assert sorted(in_tmp.rglob("*")) == before
+
+
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["step", "validation", "test", "save"])
@@ -150,7 +202,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
         sent_in(where, number, patch)
         with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
             mtl.train(given, "cut")
-    assert ended.type is (KeyboardInterrupt if number == signal.SIGINT else SystemExit)
+    assert ended.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
     if ended.type is SystemExit:
         assert ended.value.code == 143
     assert not any(one["faults"] for one in verify(in_tmp / "cut"))
@@ -388,6 +440,42 @@ def test_old_checkpoints_make_room_and_those_of_every_so_many_epochs_stay(tiny_c
         state_of(folder)["epoch"] for folder in committed(in_tmp / "run" / "checkpoints") if folder.name.startswith("epoch")
     ]
     assert kept == [4, 2]
+
+
+def test_a_damaged_checkpoint_is_not_among_those_that_are_kept(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    with cut_after(4):
+        mtl.train(config(tiny_config, checkpoints={"every_steps": 1}), "run")
+    last, before = committed(in_tmp / "run" / "checkpoints")
+    (last / MODEL).write_bytes(b"")
+    with cut_after(4):
+        mtl.resume("run")
+    whole = [one["name"] for one in verify(in_tmp / "run") if not one["faults"]]
+    assert len(whole) == 2
+    assert whole[1] == before.name
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_epoch_that_stays_does_so_where_training_is_told_to_stop(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    given = config(tiny_config, checkpoints={"every_seconds": 1000, "keep_every_epochs": 1})
+    after = Keeper.after_epoch
+
+    def told(keeper: Keeper) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        after(keeper)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keeper, "after_epoch", told)
+        with pytest.raises(SystemExit):
+            mtl.train(given, "run")
+    assert committed(in_tmp / "run" / "checkpoints")[0].name.startswith("epoch-")
+
+
+def test_a_signal_after_another_process_had_one_is_not_the_second() -> None:
+    interruption = Interruption()
+    interruption.agree(signal.SIGTERM)
+    interruption._note(signal.SIGTERM, None)
+    with pytest.raises(SystemExit):
+        interruption._note(signal.SIGTERM, None)
 
 
 def test_the_best_weights_are_kept_in_mind_between_two_saves(tiny_config: dict[str, Any], in_tmp: Path) -> None:

@@ -163,6 +163,7 @@ def states(good: Mapping[str, Any], canary: Path) -> dict[str, bytes]:
         "an optimizer of nobody": changed(groups=[{"name": "__class__"}]),
         "a schedule with methods": changed(schedule={**good["schedule"], "step": 1}),
         "a log of a text": changed(logs={"metrics": "a", "exchange": 0}),
+        "a log of less than nothing": changed(logs={"metrics": -1, "exchange": 0}),
         "a balancer of a module": changed(balancer={"module": "os"}),
         "a generator beyond its end": changed(random={**good["random"], "numpy": [*numpy[:2], 10**9, *numpy[3:]]}),
         "a generator of words": changed(random={**good["random"], "python": [3, ["a"] * 625, None]}),

@@ -39,17 +39,23 @@ mtl.register_task("ranks_kind")(lambda: mtl.Task("ranks", "kind", mtl.Classifica
 mtl.register_task("ranks_rare")(lambda: mtl.Task("ranks", "rare", mtl.Classification(("no", "yes"))))
 
 
+@mtl.register_backbone("ranks_norm")
+def norm(input_shape: tuple[int, ...]) -> nn.Module:
+    """With batch norm, whose statistics are each process's own while it trains."""
+    return nn.Sequential(nn.Linear(input_shape[0], 8), nn.BatchNorm1d(8), nn.Tanh())
+
+
 @mtl.register_backbone("ranks_plain")
 def plain(input_shape: tuple[int, ...]) -> nn.Module:
     """No batch norm, which sees a batch, and no dropout, which draws."""
     return nn.Sequential(nn.Linear(input_shape[0], 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
 
 
-def config(n: int) -> mtl.RunConfig:
+def config(n: int, backbone: str = "ranks_plain") -> mtl.RunConfig:
     """Of a run over n samples, in batches of 5."""
     tree: dict[str, Any] = {
         "tasks": ["ranks_kind", "ranks_rare"],
-        "backbone": "ranks_plain",
+        "backbone": backbone,
         "sharing": {"kind": "cross_stitch", "points": ["0"], "init": {"same": 0.9, "cross": 0.1}},
         "data": {"validation": 0, "workers": 0, "datasets": {"ranks": {"n": n}}},
         "epochs": 2,
@@ -67,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
-    found = {}
+    found: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for n in sizes:
             try:
@@ -78,8 +84,13 @@ def main() -> None:
             log = Path(result.run_dir) / "metrics.jsonl"
             rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
             found[n] = {"test": result.test, "train": rows}
-    if os.environ.get("RANK", "0") == "0":
-        out.write_text(json.dumps(found))
+        tested = [mtl.train(config(n, "ranks_norm"), Path(folder) / f"norm{n}") for n in sizes]
+        if os.environ.get("RANK", "0") == "0":
+            for n, result in zip(sizes, tested, strict=True):
+                found[n] |= {"norm": result.test, "norm, read back": mtl.evaluate_run(result.run_dir)}
+            out.write_text(json.dumps(found))
+        if dist.is_initialized():
+            dist.barrier()  # the folder is gone with the first
 
 
 if __name__ == "__main__":

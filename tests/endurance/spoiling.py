@@ -61,11 +61,10 @@ def stands(of: Run) -> dict[str, Any]:
 
 
 def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs, by name."""
+    """What differs, by name. A moment that is not there yet is zero."""
     same = {
-        name: torch.equal(a, other[name]) if isinstance(a, Tensor) else a == other[name]
-        for name, a in one.items()
-        if name in other
+        name: torch.equal(one.get(name, torch.zeros_like(b)), b) if isinstance(b, Tensor) else one[name] == b
+        for name, b in other.items()
     }
     return [name for name in {**one, **other} if not same.get(name, False)]
 
@@ -113,16 +112,16 @@ def attempts(folder: Path, count: int, processes: Processes = ALONE) -> list[tup
             for i in range(count):
                 number, value = draw.randrange(STEPS), draw.choice([float("nan"), float("inf"), -float("inf")])
                 late, where = draw.choice([0, 2]), draw.randrange(processes.count)
-                of = run(config(seed=i), folder / f"{name}-{task}-{i}", Silent(), processes)
+                optim = {"name": draw.choice(["adam", "adamw", "sgd"]), "schedule": "cosine", "clip_norm": 10}
+                of = run(config(seed=i, optim=optim), folder / f"{name}-{task}-{i}", Silent(), processes)
                 of.guard.late = late
                 found = left(of, spoil, task, number, value if where == processes.rank else None)
                 everywhere = processes.gathered((found, weights(of)))
                 wrong = [text for texts, _ in everywhere for text in texts]
                 if len({digest for _, digest in everywhere}) > 1:
                     wrong.append("the processes have other weights")
-                made.append(
-                    (f"{name} of {task}", not wrong, f"step {number}, {value}, late {late}, in process {where}: {wrong}")
-                )
+                tried = f"{optim['name']}, step {number}, {value}, late {late}, in process {where}"
+                made.append((f"{name} of {task}", not wrong, f"{tried}: {wrong}"))
                 of.close()
     return made
 
@@ -141,8 +140,7 @@ def left(of: Run, spoil: Spoiler, task: str, number: int, value: float | None) -
         train_step(of, step)
         undo()
         of.guard.settle()
-        # of an optimizer that has not stepped yet, the moments are made, and zero
-        found = [f"{name} changed" for name in changed(before, stands(of)) if number or not name[0].isdigit()]
+        found = [f"{name} changed" for name in changed(before, stands(of))]
     of.guard.settle()
     found += [f"{name} is not finite" for name, p in of.model.state_dict().items() if not bool(p.isfinite().all())]
     return found if of.guard.skipped == 1 else [*found, f"{of.guard.skipped} left out"]
