@@ -28,7 +28,7 @@ from mtl.checkpoints import weights_file
 from mtl.config import RunConfig
 from mtl.data import Samples
 from mtl.decoding import Decoders
-from mtl.files import FileImages, ImageFiles, Paths, Reading
+from mtl.files import FileImages, ImageFiles, Paths, Reading, Unreadable
 from mtl.hardware import usable_cores
 from mtl.images import read_image, resized
 from mtl.seeding import permutation
@@ -563,3 +563,10 @@ def test_paths_are_those_given_wherever_one_goes(in_tmp: Path, monkeypatch: pyte
     again = pickle.loads(pickle.dumps(paths[1:3]))
     assert again == paths[1:3]
     assert again != paths[0:2]
+
+
+def test_what_several_processes_find_is_counted_together() -> None:
+    found = Unreadable(most=1.5)
+    found.take({b"a.png": "empty"})
+    with pytest.raises(mtl.DataError, match=r"2 image files cannot be read, more than the 1 that data.bad_files allows"):
+        found.take({b"b.png": "no image"})
