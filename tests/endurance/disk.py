@@ -86,9 +86,9 @@ def fill_and_go_on(rig: Rig, folder: Path, nursery: Nursery, case: Full) -> str:
             return wrong
         if on_disk:
             nursery.command("mount", "-o", f"remount,size={MORE_ROOM}", place)
-        config = nursery.seen(run_dir / "config.yaml").exists()
-        again = nursery.run(run_dir, rig.resume(run_dir)) if config else nursery.run(place / "new", rig.begin(place / "new"))
-        return rig.wrong(nursery.seen(run_dir if config else place / "new"), again)
+        begun = nursery.seen(run_dir / "config.yaml").exists()  # if not, the same command again begins it
+        again = nursery.run(run_dir, (rig.resume if begun else rig.begin)(run_dir))
+        return rig.wrong(nursery.seen(run_dir), again)
     finally:
         if on_disk:
             nursery.command("umount", place)

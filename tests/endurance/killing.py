@@ -30,6 +30,8 @@ class Trial:
     wrong: str = ""
     hit: bool = False
     """A kill came while a save was under way."""
+    none_yet: bool = False
+    """The kill came before there was a run to go on with: the same command again has to begin one."""
     lost: list[str] = field(default_factory=list)
     """For every kill: what was wrong with the checkpoints after it; "" if nothing was."""
 
@@ -59,10 +61,9 @@ def cut(rig: Rig, folder: Path, nursery: Nursery, case: tuple[str, Callable[[Nur
         return trial
     trial.hit = ended.saving
     trial.lost.append(lost(run_dir, ended.news.count(PUBLISHED)))
-    if workers:
-        trial.wrong = rig.wrong(run_dir, command(run_dir, rig.resume(run_dir, workers)))
-    else:
-        trial.wrong = rig.wrong(run_dir, nursery.run(run_dir, rig.resume(run_dir)))
+    trial.none_yet = not (run_dir / "config.yaml").exists()
+    arguments = (rig.begin if trial.none_yet else rig.resume)(run_dir, workers)
+    trial.wrong = rig.wrong(run_dir, command(run_dir, arguments) if workers else nursery.run(run_dir, arguments))
     return trial
 
 
@@ -110,12 +111,13 @@ def nothing_is_lost(folder: Path, short: bool) -> Cases:
     moments, points = cut_once(short)
     for trial in moments + points:
         cases.check(trial.name, not trial.wrong, trial.wrong)
-    hits = sum(trial.hit for trial in moments)
+    hits, early = (sum(which) for which in zip(*((trial.hit, trial.none_yet) for trial in moments), strict=True))
     if not short and hits < SAVES_HIT:
         cases.check(f"{SAVES_HIT} random kills come in a save", False, hits)
     commands = sum(trial.name.startswith("the command") for trial in moments)
     cases.notes.append(
-        f"{len(moments)} random moments, {hits} of them in a save, {commands} of the command with 2 processes that decode; "
+        f"{len(moments)} random moments, {hits} of them in a save, {early} before there was a run to go on with, "
+        f"{commands} of the command with 2 processes that decode; "
         f"{len(points)} at {len({trial.name.split(',')[0] for trial in points})} points of a save"
     )
     return cases

@@ -50,10 +50,8 @@ def told_to_end(rig: Rig, folder: Path, nursery: Nursery, moment: Moment) -> str
         return ended.said[-400:]
     if LOCKED in ended.news:
         return "the directory is still locked"
-    if not (run_dir / "config.yaml").exists():  # before the run began
-        run_dir = folder / f"{moment.name} begun anew"
-        return rig.wrong(run_dir, nursery.run(run_dir, rig.begin(run_dir)))
-    return rig.wrong(run_dir, nursery.run(run_dir, rig.resume(run_dir)))
+    begun = (run_dir / "config.yaml").exists()  # if not, the same command again begins it
+    return rig.wrong(run_dir, nursery.run(run_dir, (rig.resume if begun else rig.begin)(run_dir)))
 
 
 def moments(rig: Rig, short: bool) -> list[Moment]:
