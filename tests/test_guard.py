@@ -149,10 +149,11 @@ def test_a_gradient_whose_square_is_not_finite_is_left_out(late: int, ready: Cal
     train_step(run, step_of(run, 1))
     run.guard.settle()
     check_same(everything(run), before)
-    step = step_of(run, 1)
-    assert "the gradient of tiny_a, or its square, is not finite for heads.tiny_a" in blame_module.blame(
-        run, LeftOut([1.0, 1.0, 2.0], step)
-    )
+    random = torch.get_rng_state()
+    said = blame_module.blame(run, LeftOut([1.0, 1.0, 2.0], step_of(run, 1)))
+    assert "the gradient of tiny_a, or its square, is not finite for heads.tiny_a" in said
+    assert torch.equal(torch.get_rng_state(), random)
+    check_same(everything(run), before)
     hook.remove()
 
 
