@@ -18,6 +18,7 @@ def page() -> str:
         fast_path,
         indexing,
         packing,
+        processes,
         three_epochs,
         throughput_tables,
     )
@@ -33,6 +34,7 @@ def page() -> str:
         ("@DECODING@", decoding.render),
         ("@INDEXING@", indexing.render),
         ("@PACKING@", packing.render),
+        ("@PROCESSES@", processes.render),
         ("@THREE_EPOCHS@", three_epochs.render),
     )
     for placeholder, render in tables:
