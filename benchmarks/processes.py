@@ -1,6 +1,6 @@
 """Do two processes train what one trains, how fast, and what do checkpoints cost?
 
-    python -m benchmarks.processes [--rounds N] [--steps N] [--epochs N] [--out FILE.json]
+    python -m benchmarks.processes [--rounds N] [--steps N] [--epochs N] [--only PART] [--out FILE.json]
 
 Each is the real command on `examples/configs/fashion_two_task.yaml` in processes of their own. Agreement: two epochs of a
 network without batch norm and dropout, and of the config's own, trained by one process and by two; the largest difference of a
@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CONFIG = HERE.parent / "examples" / "configs" / "fashion_two_task.yaml"
 PLAIN = ("backbone=benchmark_plain", "sharing.points=[pool]")
+PARTS = ("agreement", "throughput", "safety")
 FEW = ("epoch_steps=40", "epochs=2", "data.fraction=0.1", "precision=fp32", "device=cpu", "compile=none")
 
 
@@ -138,16 +139,24 @@ def safety(folder: Path, epochs: int) -> dict[str, Any]:
     return {**times, "steps": result.steps, "bytes": size}
 
 
-def measure(rounds: int, steps: int, epochs: int) -> dict[str, Any]:
-    """All of it."""
+def measure(rounds: int, steps: int, epochs: int, only: str | None, before: dict[str, Any]) -> dict[str, Any]:
+    """All of it, or one part: the others as they were before.
+
+    Raises:
+        ValueError: they were measured somewhere else.
+    """
+    here = environment()
+    if only and before["environment"] != here:
+        raise ValueError(f"the rest is of another machine, {before['environment']}, and this is {here}: measure all of it")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        return {
-            "environment": environment(),
-            "agreement": {"plain": agreement(folder / "plain", *PLAIN), "own": agreement(folder / "own")},
-            "throughput": throughput(folder, rounds, steps),
-            "safety": safety(folder / "safety", epochs),
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "agreement": lambda: {"plain": agreement(folder / "plain", *PLAIN), "own": agreement(folder / "own")},
+            "throughput": lambda: throughput(folder, rounds, steps),
+            "safety": lambda: safety(folder / "safety", epochs),
         }
+        assert set(parts) == set(PARTS)
+        return {"environment": here, **{key: part() if only in (None, key) else before[key] for key, part in parts.items()}}
 
 
 def render() -> str:
@@ -186,9 +195,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of throughput (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="of a run that is timed (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="of the run whose saves are timed (default: %(default)s)")
+    parser.add_argument("--only", choices=PARTS, help="measure this again, and keep the rest of the record")
     parser.add_argument("--out", type=Path, default=RESULTS / "processes.json", help="(default: %(default)s)")
     args = parser.parse_args()
-    args.out.write_text(json.dumps(measure(args.rounds, args.steps, args.epochs), indent=1) + "\n")
+    before = json.loads(args.out.read_text()) if args.only else {}
+    found = measure(args.rounds, args.steps, args.epochs, args.only, before)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from mtl.hardware import memory_kept
 from mtl.locking import Lock
 from mtl.model import MultiTaskModel, backbone_maker
 from mtl.optim import L2, make_optimizer, make_schedule
+from mtl.outliers import warnings_of_labels
 from mtl.processes import ALONE, Processes, joined
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
@@ -167,7 +168,7 @@ def _composed(
         lock=held[0] if held else None,
         forward=processes.parallel(model, lambda: has_unused(model, samples[Split.TRAIN], autocast(config))),
         processes=processes,
-        notes=[*brought, *warnings_of(samples), *why_not, *notes],
+        notes=[*brought, *warnings_of(samples), *warnings_of_labels(tasks, samples[Split.TRAIN]), *why_not, *notes],
         warm_up_seconds=seconds,
     )
 

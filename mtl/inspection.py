@@ -17,6 +17,7 @@ from mtl.duplicates import find
 from mtl.files import FileImages
 from mtl.heads import Head
 from mtl.multilabel import MultiLabel
+from mtl.outliers import warnings_of_labels
 from mtl.progress import Progress
 
 
@@ -62,6 +63,7 @@ def inspect(config: RunConfig, progress: Progress) -> dict[str, Any]:
                     warnings.append(
                         f"dataset {name}: {bad:,} of {len(part):,} {split} images cannot be read: more than data.bad_files"
                     )
+            warnings += warnings_of_labels([task for task in tasks if task.dataset == name], samples[Split.TRAIN])
             found[name] = {
                 "shape": list(splits[Split.TRAIN].shape),
                 "splits": {split.value: _counts(part) for split, part in splits.items()},

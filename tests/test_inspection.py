@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import mtl
 from mtl import cli
+from mtl.build import run
 from mtl.config import RunConfig
 from mtl.inspection import inspect
 from mtl.progress import Silent
@@ -53,6 +55,51 @@ def config(**data: Any) -> RunConfig:
     tasks = ["planted_kind", "planted_size"]
     network = {"name": "mlp", "widths": [4]}
     return RunConfig(tasks=tasks, backbone=network, data={"validation": 0, **data}, epochs=1, batch_size=8, device="cpu")
+
+
+@pytest.fixture
+def numbers() -> np.ndarray[Any, np.dtype[np.float64]]:
+    """200 labels of a task `measured_number` with a deviation of 1, for a test to spoil."""
+    labels = np.random.default_rng(0).normal(30.0, 1.0, 200)
+
+    @mtl.register_dataset("measured")
+    def dataset(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        n = 200 if split == mtl.Split.TRAIN else 20
+        images = np.random.default_rng(n).integers(0, 255, (n, 4, 4)).astype(np.uint8)
+        return mtl.ArrayDataset(images, {"number": labels[:n]}, {"number": ~np.isnan(labels[:n])})
+
+    mtl.register_task("measured_number")(lambda: mtl.Task("measured", "number", mtl.Regression()))
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, None),
+        ({7: 34.0}, None),
+        ({7: 9999.0}, "1 of 200 training labels lie far from the others (the farthest is 9999"),
+        ({7: -1e30, 8: 1e20}, "2 of 200 training labels lie far from the others (the farthest is -1e+30"),
+        ({7: 9999.0, 9: np.nan}, "1 of 199 training labels"),
+        (dict.fromkeys(range(20), 9999.0), None),
+    ],
+)
+def test_labels_that_set_the_scale_are_told(numbers: Any, wrong: dict[int, float], said: str | None) -> None:
+    for i, value in wrong.items():
+        numbers[i] = value
+    measured = RunConfig(
+        tasks=["measured_number"],
+        backbone={"name": "mlp", "widths": [4]},
+        data={"validation": 0},
+        epochs=1,
+        batch_size=20,
+        device="cpu",
+        sharing="unshared",
+    )
+    warnings = [line for line in inspect(measured, Silent())["warnings"] if "training labels" in line]
+    with closing(run(measured)) as ready:
+        assert [note for note in ready.notes if "training labels" in note] == warnings
+    assert len(warnings) == (said is not None), warnings
+    assert all(str(said) in line for line in warnings), warnings
 
 
 def test_counts_are_exact(planted: dict[str, Any]) -> None:

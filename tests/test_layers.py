@@ -55,6 +55,7 @@ RANK = {
     "resizing": 5,
     "duplicates": 5,
     "inspection": 12,
+    "outliers": 5,
     "survey": 12,
     "packed": 5,
     "packing": 7,
