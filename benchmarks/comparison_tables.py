@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.comparisons import EXPERIMENTS, RESULTS, TRIAL_EPOCHS, TRIAL_SEED, Experiment
 from mtl import figures
 from mtl.figures import Look
@@ -78,8 +80,67 @@ def pictures(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]
         yield f"difference-{100 * said['fraction']:g}" if len(results["findings"]) > 1 else "difference", title, said
 
 
+ARMS = {
+    "single_task": "each task alone",
+    "hard_shared": "one backbone for all",
+    "cross_stitch": "cross-stitch, from the identity",
+    "cross_stitch_0.9": "cross-stitch, from 0.9",
+}
+"""Of the overview, as it calls them."""
+
+
+def overview() -> str:
+    """All comparisons in one picture: differences of the mean test score to towers without exchange. A full marker is a
+    difference that is shown, a hollow one is not.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for _, experiment, results in recorded():
+        for said in results["findings"]:
+            share = f"{100 * said['fraction']:g} % of " if len(results["findings"]) > 1 else ""
+            label = f"{share}{experiment.short} (n = {len(results['seeds'])})"
+            found = {
+                _plain(arm, results["reference"]): of["difference"] for arm, of in said["arms"].items() if "difference" in of
+            }
+            rows.append((label, {arm: of["mean"] for arm, of in found.items()}))
+    look = Look(list(ARMS))
+    title = "Points of the mean test score above towers without exchange, paired by seed, 95 % intervals; hollow: the corrected test shows nothing"
+
+    def fill(figure: Figure) -> None:
+        axis = figure.subplots()
+        axis.axvline(0, color="black", linewidth=0.8)
+        for row, (_, arms) in enumerate(rows):
+            for i, arm in enumerate(ARMS):
+                if arm not in arms:
+                    continue
+                value, colour = arms[arm], look.colour(arm)
+                height = row + 0.19 * (i - (len(ARMS) - 1) / 2)
+                axis.plot([100 * value["low"], 100 * value["high"]], [height, height], color=colour, linewidth=1.8)
+                inside = "white" if value["verdict"] == "not shown" else colour
+                axis.plot(100 * value["mean"], height, look.marker(arm), color=colour, markerfacecolor=inside, markersize=5.5)
+        for arm, said in ARMS.items():
+            axis.plot([], [], look.marker(arm), color=look.colour(arm), markersize=5.5, label=said)
+        axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        for row in range(1, len(rows)):
+            axis.axhline(row - 0.5, color="#e5e5e5", linewidth=0.8, zorder=0)
+        axis.grid(axis="x", color="#e5e5e5")
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+        figure.supxlabel(title, fontsize=9)
+        figure.legend(loc="outside upper center", ncols=len(ARMS))
+
+    return figures.drawn(0.9 + 0.62 * len(rows), title, fill)
+
+
+def _plain(arm: str, reference: str) -> str:
+    """An arm as the overview calls it."""
+    name = arm.removesuffix("_tuned") if reference.endswith("_tuned") else arm
+    return "cross_stitch_0.9" if name == "cross_stitch_0.91" else name
+
+
 def draw() -> None:
-    """Write the pictures of every record."""
+    """Write the pictures of every record, and the one of all."""
+    (RESULTS / "sharing.svg").write_text(overview())
     for name, _, results in recorded():
         look = Look([arm["name"] for arm in results["arms"]])
         for picture, title, said in pictures(results):

@@ -46,6 +46,7 @@ class Experiment:
         config: a file in examples/configs.
         overrides: of it.
         about: what is asked, in a sentence.
+        short: the same in a few words.
         cut: what the machine had no time for, in a sentence; empty: nothing.
         trials: settings that every arm is tried with on validation data first, each for `TRIAL_EPOCHS` with `TRIAL_SEED`; the
             arm is then compared with those of its best trial.
@@ -55,6 +56,7 @@ class Experiment:
     overrides: tuple[str, ...]
     seeds: int
     about: str
+    short: str
     arms: tuple[str, ...] = PAIR
     fractions: tuple[float, ...] | None = None
     cut: str = ""
@@ -67,12 +69,13 @@ HALF = "backbone.width=0.5"
 SHORT = "a tower of half the reference's width, in which a step takes 0.4 of the time"
 
 EXPERIMENTS = {
-    "reference": Experiment("fashion_two_task", (), 3, "The reference protocol in full."),
+    "reference": Experiment("fashion_two_task", (), 3, "The reference protocol in full.", "reference protocol"),
     "fractions": Experiment(
         "fashion_two_task",
         (HALF, "epoch_steps=50", "epochs=10"),
         10,
         "Few labels, for both tasks alike.",
+        "Fashion-MNIST",
         fractions=(0.005, 0.02, 0.1),
         cut=f"500 steps, {SHORT}",
     ),
@@ -81,6 +84,7 @@ EXPERIMENTS = {
         (HALF, "data.labelled.fashion_category=300", "epochs=6"),
         10,
         "Uneven labels: the category of 300 images, the group of all.",
+        "300 labels of one task",
         cut=f"6 epochs, {SHORT}",
     ),
     "uneven_1200": Experiment(
@@ -88,6 +92,7 @@ EXPERIMENTS = {
         (HALF, "data.labelled.fashion_category=1200", "epochs=6"),
         10,
         "Uneven labels: the category of 1,200 images, the group of all.",
+        "1,200 labels of one task",
         cut=f"6 epochs, {SHORT}",
     ),
     "conflict": Experiment(
@@ -95,16 +100,23 @@ EXPERIMENTS = {
         (HALF, "epochs=6"),
         8,
         "Tasks that conflict: the left and the right of two overlaid garments.",
+        "two garments in an image",
         cut=f"6 epochs, {SHORT}",
     ),
     "shapes": Experiment(
-        "shapes_four_task", ("sharing.init=identity",), 10, "Four tasks of four kinds on drawn shapes.", arms=FOUR
+        "shapes_four_task",
+        ("sharing.init=identity",),
+        10,
+        "Four tasks of four kinds on drawn shapes.",
+        "four tasks of drawn shapes",
+        arms=FOUR,
     ),
     "tuned": Experiment(
         "fashion_two_task",
         ("data.augment.flip=true", "data.augment.crop=2", "optim.schedule=one_cycle"),
         3,
         "A tuned recipe: what 30 epochs can reach.",
+        "tuned recipe",
         arms=("hard_shared", "unshared", "cross_stitch"),
         trials=tuple(f"optim.lr={lr} backbone.dropout={dropout}" for lr in ("1e-3", "2e-3", "4e-3") for dropout in (0.2, 0.5)),
     ),
