@@ -103,7 +103,10 @@ def overview() -> str:
             }
             rows.append((label, {arm: of["mean"] for arm, of in found.items()}))
     look = Look(list(ARMS))
-    title = "Points of the mean test score above towers without exchange, paired by seed, 95 % intervals; hollow: the corrected test shows nothing"
+    title = (
+        "Points of the mean test score above towers without exchange, paired by seed, 95 % intervals; "
+        "hollow: the corrected test shows nothing"
+    )
 
     def fill(figure: Figure) -> None:
         axis = figure.subplots()
