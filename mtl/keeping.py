@@ -250,8 +250,8 @@ def _restored(run: Run, folder: Path, values: dict[str, Any], tensors: dict[str,
         raise ValueError(f"a schedule of {', '.join(values['schedule'])}")
     run.schedule.load_state_dict(values["schedule"])
     run.guard.recall(values["guard"])
-    run.rows.cut(values["logs"]["metrics"])
-    run.exchange_rows.cut(values["logs"]["exchange"])
+    logs = values["logs"]
+    run.notes += filter(None, (run.rows.cut(logs["metrics"]), run.exchange_rows.cut(logs["exchange"])))
     part = values["partial"]
     return State(
         epoch=values["epoch"],

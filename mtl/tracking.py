@@ -126,8 +126,11 @@ class Rows:
         if self._path.exists():
             synchronise(self._path)
 
-    def cut(self, size: int) -> None:
+    def cut(self, size: int) -> str:
         """Forget what was written after the first `size` bytes.
+
+        Returns:
+            What to say where there are not as many, as when somebody removed the file; empty: nothing.
 
         Raises:
             ValueError: a size below zero.
@@ -135,9 +138,13 @@ class Rows:
         """
         if size < 0:
             raise ValueError(f"{self._path.name} of {size} bytes")
-        if self._writes and self.size() > size:
+        whole = size
+        if (missing := size - self.size()) > 0 and self._path.exists():
+            whole = self._path.read_bytes().rfind(b"\n") + 1  # what is left of the last row would spoil the next
+        if self._writes and self.size() > whole:
             with open(self._path, "ab", opener=_opened) as file:
-                file.truncate(size)
+                file.truncate(whole)
+        return f"{self._path.name} lacks {missing:,} bytes of its rows; the run does not need them" if missing > 0 else ""
 
 
 def _opened(path: str, flags: int) -> int:

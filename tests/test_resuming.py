@@ -139,6 +139,21 @@ def test_a_resumed_run_equals_one_that_was_never_cut(name: str, tiny_config: dic
             assert rows(in_tmp / f"cut{steps}", "exchange.jsonl") == rows(in_tmp / "whole", "exchange.jsonl")
 
 
+@pytest.mark.parametrize(("name", "remove"), [("metrics.jsonl", Path.unlink), ("exchange.jsonl", lambda p: os.truncate(p, 9))])
+def test_lost_rows_are_told(name: str, remove: Callable[[Path], None], tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    with cut_after(4):
+        mtl.train(config(tiny_config), "run")
+    before = (in_tmp / "run" / name).stat().st_size
+    remove(in_tmp / "run" / name)
+    shown = Lines()
+    mtl.resume("run", progress=shown)
+    gone = before - (9 if name == "exchange.jsonl" else 0)
+    assert [line for line in shown.lines if "lacks" in line] == [
+        f"{name} lacks {gone:,} bytes of its rows; the run does not need them"
+    ]
+    assert rows(in_tmp / "run", name)  # no half of a row before them
+
+
 def test_a_run_with_steps_left_out_is_resumed_as_if_never_cut(tiny_config: dict[str, Any], in_tmp: Path) -> None:
     """Whoever looks who it was draws no random number of the run's, and an epoch's steps are counted across a cut."""
     given = config(tiny_config, epochs=1, epoch_steps=10)
