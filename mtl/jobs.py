@@ -240,7 +240,8 @@ def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: 
         while waiting:
             done, waiting = wait(waiting, PATIENCE, FIRST_COMPLETED)
             if not done:
-                tally.progress.line(f"{min(at_once, len(waiting))} runs are under way")
+                begun = [job for future, job in futures.items() if future in waiting][:at_once]  # they begin in this order
+                tally.progress.line("under way: " + "; ".join(f"{job.label}, epoch {_epoch(job)}" for job in begun))
             for future in done:
                 why, seconds = future.result()
                 tally.count(futures[future], why, seconds)
@@ -260,6 +261,16 @@ def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: 
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
     return failed
+
+
+def _epoch(job: Job) -> str:
+    """The one that a run is in, of how many."""
+    try:
+        text = (job.directory / "metrics.jsonl").read_text(encoding="utf-8")
+        over = int(json.loads(text[: text.rfind("\n") + 1].splitlines()[-1])["epoch"])
+    except (OSError, LookupError, ValueError):  # none is over
+        over = 0
+    return f"{min(over + 1, job.config.epochs)} of {job.config.epochs}"
 
 
 def _spread(device: str, at_once: int) -> list[str]:

@@ -369,8 +369,17 @@ def test_a_run_that_fails_is_missing_and_the_others_are_not(
     assert "no run of wild, the reference, is finished" in found.results["findings"][0]["answer"]
 
 
+def test_runs_under_way_say_where_they_are(tmp_path: Path) -> None:
+    job = jobs.Job(mtl.RunConfig(tasks=["tiny_a"], sharing="unshared", epochs=3), tmp_path, "unshared, seed 0")
+    assert jobs._epoch(job) == "1 of 3"
+    for rows, said in {'{"epoch": 1}\n': "2 of 3", '{"epoch": 1}\n{"epo': "2 of 3", '{"epoch": 3}\n': "3 of 3"}.items():
+        (tmp_path / "metrics.jsonl").write_text(rows)
+        assert jobs._epoch(job) == said
+
+
 @pytest.mark.spawns
-def test_several_jobs_at_once_give_the_same(in_tmp: Path) -> None:
+def test_several_jobs_at_once_give_the_same(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "PATIENCE", 1.0)
     config = RunConfig(
         tasks=["shapes_kind", "shapes_colour"],
         backbone={"name": "small_cnn", "width": 0.1},
@@ -389,6 +398,7 @@ def test_several_jobs_at_once_give_the_same(in_tmp: Path) -> None:
         torch.set_num_threads(threads)
     assert [cell["test"] for cell in at_once.results["cells"]] == [cell["test"] for cell in in_turn.results["cells"]]
     assert any(re.match(r"\[2/2\] .*: \d+ s", line) for line in progress.lines)
+    assert "under way: unshared, seed 0, epoch 1 of 1; hard_shared, seed 0, epoch 1 of 1" in progress.lines
     assert "Up to 2 runs trained at once" in Path("two/report.md").read_text()
     mtl.compare(config, ["unshared", "hard_shared"], 1, out="two")  # trains nothing
     assert "Up to 2 runs trained at once" in Path("two/report.md").read_text()
