@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import mtl
+from mtl import logs
 from mtl.progress import Progress
+from mtl.tracking import draw_coupling
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: threads that wait spin, and cost minutes
@@ -85,6 +90,17 @@ TINY: dict[str, Any] = {
 def tiny_config() -> dict[str, Any]:
     """The tree of a config that trains in a second; change it freely."""
     return {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+
+
+@cache
+def _picture(tasks: int) -> NDArray[np.uint8]:
+    return draw_coupling(np.eye(tasks), [f"task {i}" for i in range(tasks)], "drawn once")
+
+
+@pytest.fixture(autouse=True)
+def _drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture of the exchange for all that trainings log: drawing takes longer than these trainings."""
+    monkeypatch.setattr(logs, "draw_coupling", lambda _, tasks, __: _picture(len(tasks)))
 
 
 @pytest.fixture

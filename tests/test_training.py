@@ -25,6 +25,7 @@ from mtl.data import Split
 from mtl.evaluation import summed_loss
 from mtl.run import Run, State
 from mtl.step import expected_labels, train_step
+from mtl.tracking import draw_coupling
 from mtl.trainer import fit
 
 SHARINGS: list[Any] = [
@@ -418,6 +419,23 @@ def test_tensorboard_tags(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
     assert set(events.Tags()["images"]) == {"stitch/pool1", "stitch/fc3"}
     assert [event.step for event in events.Scalars("train/loss/total")] == [3, 6]
     assert events.Scalars("stitch/fc3/tiny_a_from_tiny_b")[0].value == 0
+
+
+def test_the_picture_of_an_exchange_tells_signs_apart() -> None:
+    from matplotlib import colormaps
+
+    def large(picture: np.ndarray[Any, np.dtype[np.uint8]], value: float) -> bool:
+        """Whether a good part of the picture has the colour of this value, where the largest is 1."""
+        colour = 255 * np.array(colormaps["PuOr"]((value + 1) / 2)[:3])
+        return bool((np.abs(picture - colour).max(2) < 4).mean() > 0.05)
+
+    names = ["a", "b"]
+    for matrix, shown in {
+        ((1.0, 0.0), (0.0, 1.0)): {1.0: True, -0.5: False, 0.0: True},
+        ((1.0, -0.5), (-0.5, 1.0)): {1.0: True, -0.5: True, 0.0: False},
+    }.items():
+        picture = draw_coupling(np.array(matrix), names, "title")
+        assert {value: large(picture, value) for value in shown} == shown
 
 
 def test_bf16_trains_and_keeps_weights_in_fp32(ready: Callable[..., Run]) -> None:
