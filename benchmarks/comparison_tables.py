@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.comparisons import EXPERIMENTS, RESULTS, TRIAL_EPOCHS, TRIAL_SEED, Experiment
 from mtl import figures
 from mtl.figures import Look
+from mtl.findings import BETTER, WORSE, tell
 from mtl.report import answers, facts, notes, table_lines
 from mtl.sections import Table, summary
 
@@ -21,12 +22,17 @@ def recorded() -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
     for name, experiment in EXPERIMENTS.items():
         record = RESULTS / f"{name}.json"
         if record.exists():
-            yield name, experiment, json.loads(record.read_text())
+            results = json.loads(record.read_text())
+            yield name, experiment, {**results, "findings": tell(results)}  # what is said of the cells, as it is said now
 
 
 def render() -> str:
-    """All of them."""
-    return "\n".join(line for one in recorded() for line in described(*one))
+    """All of them, and which are not trained yet."""
+    lines = [line for one in recorded() for line in described(*one)]
+    there = [name for name, _, _ in recorded()]
+    if missing := [f"`{name}` ({one.about[:-1]})" for name, one in EXPERIMENTS.items() if name not in there]:
+        lines += [f"Not on record yet, for lack of machine time: {'; '.join(missing)}.", ""]
+    return "\n".join(lines)
 
 
 def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
@@ -117,8 +123,9 @@ def overview() -> str:
                     continue
                 value, colour = arms[arm], look.colour(arm)
                 height = row + 0.19 * (i - (len(ARMS) - 1) / 2)
-                axis.plot([100 * value["low"], 100 * value["high"]], [height, height], color=colour, linewidth=1.8)
-                inside = "white" if value["verdict"] == "not shown" else colour
+                if value["low"] is not None:
+                    axis.plot([100 * value["low"], 100 * value["high"]], [height, height], color=colour, linewidth=1.8)
+                inside = colour if value["verdict"] in (BETTER, WORSE) else "white"
                 axis.plot(100 * value["mean"], height, look.marker(arm), color=colour, markerfacecolor=inside, markersize=5.5)
         for arm, said in ARMS.items():
             axis.plot([], [], look.marker(arm), color=look.colour(arm), markersize=5.5, label=said)

@@ -1,6 +1,6 @@
 """The comparisons on record: what shares, where labels are many, few or uneven, where tasks agree and where they conflict.
 
-    python -m benchmarks.comparisons                    # lists them, and how much of each is trained
+    python -m benchmarks.comparisons                    # lists them
     python -m benchmarks.comparisons shapes --jobs 2    # trains what is missing in runs/shapes, writes results/shapes.json
     python -m benchmarks.comparisons shapes --only 8,9  # some of the seeds: joined with those on record
     python -m benchmarks.render                         # rewrites README.md from the JSON

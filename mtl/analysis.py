@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ class Analyst:
 
     def _kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            pass
+        with suppress(OSError, ValueError):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(kept, dict) and kept:
+                return kept
         found = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(found) + "\n")
@@ -148,7 +149,11 @@ def whole_lines(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
 def curves(run: Path) -> dict[str, dict[str, list[float]]]:
     """Task -> metric -> values on validation data after each epoch."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in whole_lines((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for row in whole_lines(lines):
         if row.pop("split") == "val":
             of_task = found.setdefault(row.pop("task"), {})
             for metric, value in row.items():

@@ -65,6 +65,7 @@ class Setting:
         base: the config; what `auto` becomes for all arms alike is resolved in it.
         points: the layer points of its backbone, in order.
         datasets: task -> the dataset that it is of.
+        weights: task -> the weight of its loss.
         epoch_steps: (task, share of the data) -> the length of an epoch of its single-task run where its own would differ from
             that of all tasks together, so that every arm takes equally many steps; else None.
         batch_sizes: dataset -> its samples in a batch.
@@ -75,6 +76,7 @@ class Setting:
     base: RunConfig
     points: tuple[str, ...]
     datasets: Mapping[str, str]
+    weights: Mapping[str, float]
     epoch_steps: Callable[[str, float], int | None]
     batch_sizes: Mapping[str, int]
     input_shape: tuple[int, int, int] | None
@@ -151,6 +153,8 @@ class Separate(Arm):
         tree = setting.base.model_dump(mode="json")
         chosen = [one.name for one in setting.base.tasks].index(task)
         tree |= {"tasks": [tree["tasks"][chosen]], "sharing": {"kind": "unshared"}, "balancer": "fixed", "seed": seed}
+        if setting.weights[task] != 1:  # of a loss among others; alone it would scale the rate, or what decays
+            tree["tasks"][0]["weight"] = 1.0
         tree["init_from"] = {name: start for name, start in tree["init_from"].items() if name == task}
         data = tree["data"]
         data["datasets"] = {name: given for name, given in data["datasets"].items() if name == setting.datasets[task]}
@@ -352,7 +356,7 @@ def _as_yaml(value: Any) -> str:
 def _user_arm(name: str, overrides: Sequence[str]) -> Arm:
     if not re.fullmatch(r"[\w.+-]+(:[\w.+-]+)?", name, re.ASCII):
         raise ConfigError([f"arm name {name!r}: letters, digits, '_', '-', '+' and '.' only"])
-    if name in known():
+    if name in known() or name.startswith("split:"):
         raise ConfigError([f"arm {name!r} is a bundled one, and cannot be given overrides; call yours by another name"])
     return Joint(name, f"the config with {' '.join(overrides)}", overrides)
 

@@ -52,6 +52,7 @@ class Facts:
             base=base,
             points=about.points,
             datasets={task.name: task.dataset for task in about.tasks},
+            weights={task.name: task.weight for task in about.tasks},
             epoch_steps=self._epoch_steps,
             batch_sizes=about.batch_sizes,
             input_shape=about.input_shape,
@@ -134,7 +135,7 @@ def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig
     not use: why, and the most of it in one run.
     """
     names = sorted({name for row in rows for name in (*row["runs"], *row["starts"])})
-    noted = [json.loads((runs / name / "env.json").read_text(encoding="utf-8")) for name in names]
+    noted = [one for name in names if (one := noted_of(runs / name)) is not None]
     kinds = [
         {
             "device": one["device_name"],
@@ -152,6 +153,15 @@ def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig
             most = set_aside.setdefault(dataset, {})
             most |= {why: max(count, most.get(why, 0)) for why, count in counts.items()}
     return {"environment": environment(base), "machines": machines, "at_once": at_once, "set_aside": set_aside}
+
+
+def noted_of(run: Path) -> dict[str, Any] | None:
+    """Where a run was trained; None where its note is lost."""
+    try:
+        said = json.loads((run / "env.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) and all(key in said for key in ("device_name", "threads", "versions")) else None
 
 
 def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[str, Any]:

@@ -18,13 +18,15 @@ from typing import Any
 from mtl import report
 from mtl.arms import SINGLE_TASK, Arm, Piece, arms_of, default_arms
 from mtl.auto import resolved
+from mtl.build import make_tasks
 from mtl.collecting import Cell, Facts, collect
-from mtl.comparison_dir import NOTE, begun, default_directory, locked, writing
+from mtl.comparison_dir import NOTE, begun, default_directory, locked, with_data, writing
 from mtl.config import InitFrom, RunConfig
 from mtl.errors import ConfigError, RunError, unknown
 from mtl.findings import mean_score, task_score
 from mtl.jobs import Job, Tally, finished, train_all
 from mtl.progress import Progress, Silent
+from mtl.task import Task
 from mtl.tracking import log_hparams
 from mtl.writing import write_whole
 
@@ -78,6 +80,7 @@ def compare(
         made = arms_of(default_arms(config) if arms is None else arms, base, facts.setting.points)
         chosen = reference_of(reference, [arm.name for arm in made])
         cells = cells_of(made, fractions, seeds, facts)
+        note = with_data(note, facts.survey(base.data.fraction).fingerprints, directory)
         with writing(directory):
             write_whole(directory / NOTE, note)
         failed = train_pieces(cells, directory / "runs", jobs, [Path(one) for one in plugins], progress)
@@ -141,7 +144,8 @@ def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[in
     Raises:
         ConfigError: an arm that does not fit the comparison, by its name.
     """
-    cells = []
+    cells: list[Cell] = []
+    wrong: dict[str, None] = {}  # all of it, each once
     for fraction in fractions:
         for seed in seeds:
             for arm in arms:
@@ -149,10 +153,39 @@ def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[in
                     cell = Cell(arm, fraction, seed, tuple(arm.pieces(facts.setting, fraction, seed)))
                     for piece in cell.pieces:
                         facts.cost(piece.config)
+                        refuse_other_tasks(piece.config, facts.tasks)
                 except ConfigError as error:
-                    raise ConfigError([f"arm {arm.name!r}: {problem}" for problem in error.problems], source="arms") from None
-                cells.append(cell)
+                    wrong |= dict.fromkeys(f"arm {arm.name!r}: {problem}" for problem in error.problems)
+                else:
+                    cells.append(cell)
+    if wrong:
+        raise ConfigError([*wrong], source="arms")
     return cells
+
+
+def refuse_other_tasks(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """An arm may train a task with other losses, but it must be the same task.
+
+    Raises:
+        ConfigError: one of that name has other labels or is measured by something else.
+    """
+    those = {task.name: _what_is_measured(task) for task in tasks}
+    wrong = []
+    for task in make_tasks(config):
+        if (found := _what_is_measured(task)) != those[task.name]:
+            what = ", ".join(
+                f"{key} {value!r} instead of {those[task.name][key]!r}"
+                for key, value in found.items()
+                if value != those[task.name][key]
+            )
+            wrong.append(f"task {task.name!r} is another one there, with {what}: scores cannot be compared")
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def _what_is_measured(task: Task) -> dict[str, Any]:
+    metrics = [f"{metric.name} ({metric.better} is better)" for metric in task.all_metrics]
+    return {"dataset": task.dataset, "target": task.target, "score": task.score_name, "metrics": metrics}
 
 
 def check_call(config: Any, arms: Any) -> None:
@@ -192,8 +225,12 @@ def check_plan(seeds: Sequence[int], fractions: Sequence[float], jobs: int) -> N
     wrong = []
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         wrong.append(f"seeds: how many, from 1 on, or different ones from 0 on; found {list(seeds) or 'none'}")
-    if not fractions or len(set(fractions)) < len(fractions) or not all(0 < fraction <= 1 for fraction in fractions):
-        wrong.append(f"fractions: different shares above 0, at most 1; found {list(fractions)}")
+    if (
+        not fractions
+        or len({f"{one:g}" for one in fractions}) < len(fractions)
+        or not all(0 < fraction <= 1 for fraction in fractions)
+    ):
+        wrong.append(f"fractions: shares above 0, at most 1, different in six digits; found {list(fractions)}")
     if jobs < 1:
         wrong.append(f"jobs: at least 1; found {jobs}")
     if wrong:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,21 @@ def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
     data = noted.data.model_copy(update={"root": base.data.root, "workers": base.data.workers})
     starts = {task: start.model_copy(update={"path": base.init_from[task].path}) for task, start in noted.init_from.items()}
     return noted.replaced(device=base.device, data=data, init_from=starts), text
+
+
+def with_data(note: str, fingerprints: Mapping[str, str], directory: Path) -> str:
+    """What to note of a comparison, with which data it is of.
+
+    Raises:
+        RunError: they are not those that it began with; runs of both cannot be compared.
+    """
+    noted = json.loads(note)
+    then = noted.setdefault("data", dict(fingerprints))  # which comparisons of an earlier version lack
+    if changed := sorted(name for name in {*then, *fingerprints} if then.get(name) != fingerprints.get(name)):
+        raise RunError(
+            f"{str(directory)!r} holds a comparison on other data: {'; '.join(changed)} changed since; give another directory"
+        )
+    return json.dumps(noted, indent=1) + "\n"
 
 
 def differing(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

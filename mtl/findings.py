@@ -23,16 +23,29 @@ Cells = Mapping[int, Mapping[str, Any]]
 
 def tell(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What can be said at each share of the data, in their order."""
-    return [_at(results, fraction) for fraction in results["fractions"]]
+    shares = [_cells_at(results, fraction) for fraction in results["fractions"]]
+    others = {"difference": results["reference"], "transfer": results["baseline"]}
+    found = {key: compared(shares, other, results["tasks"]) for key, other in others.items() if other is not None}
+    return [
+        _at(results, fraction, cells, {key: of[i] for key, of in found.items()})
+        for i, (fraction, cells) in enumerate(zip(results["fractions"], shares, strict=True))
+    ]
 
 
-def _at(results: Mapping[str, Any], fraction: float) -> dict[str, Any]:
-    tasks, baseline, reference = results["tasks"], results["baseline"], results["reference"]
+def _cells_at(results: Mapping[str, Any], fraction: float) -> dict[str, Cells]:
+    """Arm -> its cells at a share of the data; of those that have some."""
     cells: dict[str, Cells] = {}
     for arm in results["arms"]:
         seeds = {c["seed"]: c for c in results["cells"] if c["arm"] == arm["name"] and c["fraction"] == fraction}
         if seeds:
             cells[arm["name"]] = seeds
+    return cells
+
+
+def _at(
+    results: Mapping[str, Any], fraction: float, cells: Mapping[str, Cells], found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    tasks, baseline = results["tasks"], results["baseline"]
     arms: dict[str, dict[str, Any]] = {}
     for name, of_arm in cells.items():
         said = arms[name] = {
@@ -43,9 +56,8 @@ def _at(results: Mapping[str, Any], fraction: float) -> dict[str, Any]:
         }
         if baseline in cells and name != baseline:
             said["delta_m"] = _relative(of_arm, cells[baseline], tasks)
-    for key, other in (("difference", reference), ("transfer", baseline)):
-        found = compared(cells, other, tasks) if other in cells else {}
-        for name, of in found.items():
+    for key, of_arms in found.items():
+        for name, of in of_arms.items():
             arms[name][key] = of
     return {"fraction": fraction, "arms": arms, "answer": answer(arms, results, fraction)}
 
@@ -82,33 +94,38 @@ def _cost(cells: Cells) -> dict[str, Any]:
     return {**found, "spread": [min(times), max(times)]}
 
 
-def compared(cells: Mapping[str, Cells], other: str, tasks: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Arm -> each task's difference to the arm `other`, and under "mean" that of their mean, over the seeds that both have.
+def compared(
+    shares: Sequence[Mapping[str, Cells]], other: str, tasks: Mapping[str, Any]
+) -> list[dict[str, dict[str, dict[str, Any]]]]:
+    """At each share of the data: arm -> each task's difference to the arm `other`, and under "mean" that of their mean, over
+    the seeds that both have.
 
     Each has an estimate and
-        p: of the mean corrected over arms (Holm), of a task over tasks.
+        p: of the mean corrected (Holm) over arms and shares, of a task over tasks.
         verdict: what that p allows to say.
-        overall_p: of a task, corrected over tasks and arms, for claims that are picked from all of them.
+        overall_p: of a task, corrected over tasks, arms and shares, for claims that are picked from all of them.
     """
-    pairs: dict[str, dict[str, list[float]]] = {}
-    for name, of_arm in cells.items():
-        seeds = sorted(of_arm.keys() & cells[other].keys())
-        if name == other or not seeds:
-            continue
-        both = [(of_arm[seed], cells[other][seed]) for seed in seeds]
-        pairs[name] = {task: [task_score(a, task, tasks) - task_score(b, task, tasks) for a, b in both] for task in tasks}
-        pairs[name]["mean"] = [mean_score(a, tasks) - mean_score(b, tasks) for a, b in both]
-    raw = {name: {what: permutation_p(d) for what, d in of.items()} for name, of in pairs.items()}
+    pairs: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for i, cells in enumerate(shares):
+        for name, of_arm in cells.items():
+            seeds = sorted(of_arm.keys() & cells.get(other, {}).keys())
+            if name == other or not seeds:
+                continue
+            both = [(of_arm[seed], cells[other][seed]) for seed in seeds]
+            d = {task: [task_score(a, task, tasks) - task_score(b, task, tasks) for a, b in both] for task in tasks}
+            pairs[i, name] = {**d, "mean": [mean_score(a, tasks) - mean_score(b, tasks) for a, b in both]}
+    raw = {key: {what: permutation_p(d) for what, d in of.items()} for key, of in pairs.items()}
     of_means = dict(zip(raw, holm([p["mean"] for p in raw.values()]), strict=True))
     overall = iter(holm([p[task] for p in raw.values() for task in tasks]))
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, of in pairs.items():
-        of_tasks = holm([raw[name][task] for task in tasks])
-        found[name] = {
+    found: list[dict[str, dict[str, dict[str, Any]]]] = [{} for _ in shares]
+    for key, of in pairs.items():
+        of_tasks = holm([raw[key][task] for task in tasks])
+        said = {
             task: {**_difference(of[task], p, len(tasks)), "overall_p": next(overall)}
             for task, p in zip(tasks, of_tasks, strict=True)
         }
-        found[name]["mean"] = _difference(of["mean"], of_means[name], len(pairs))
+        i, name = key
+        found[i][name] = {**said, "mean": _difference(of["mean"], of_means[key], len(pairs))}
     return found
 
 
@@ -152,7 +169,7 @@ def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float)
     elif not said:
         parts.append(f"Nothing can be compared with {reference}: no seed has both it and another arm.")
     else:
-        parts.append(_on_average(said, reference))
+        parts.append(_on_average(said, reference, len(results["fractions"])))
         parts += _task_by_task(said)
     for name in names:
         lost = [one for one in results["failed"] if one["arm"] == name and one["fraction"] == fraction]
@@ -167,7 +184,7 @@ AT_LENGTH = 4
 """Arms of one verdict up to which each is named with its interval."""
 
 
-def _on_average(said: Mapping[str, Any], reference: str) -> str:
+def _on_average(said: Mapping[str, Any], reference: str, shares: int) -> str:
     by_verdict: dict[str, list[str]] = {}
     for name, of in said.items():
         by_verdict.setdefault(of["mean"]["verdict"], []).append(name)
@@ -177,7 +194,8 @@ def _on_average(said: Mapping[str, Any], reference: str) -> str:
         if verdict == OPEN:
             parts.append(f"no difference is shown for {listed}")
         elif verdict == FEW:
-            needed, others = seeds_needed(len(said)), f"{len(said)} arm{'s' * (len(said) > 1)} to compare"
+            others = f"{len(said)} arm{'s' * (len(said) > 1)} to compare" + f" at {shares} shares of the data" * (shares > 1)
+            needed = seeds_needed(len(said) * shares)
             parts.append(
                 f"whether {listed} differ{'s' * (len(names) == 1)} cannot be told from {n} seed{'s' * (n > 1)}, since with "
                 f"{others} it takes {needed} or more"
@@ -196,7 +214,7 @@ def _listed(names: Sequence[str], said: Mapping[str, Any]) -> str:
 
 
 def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
-    """The differences of single tasks that remain after correction over all tasks and arms."""
+    """The differences of single tasks that remain after correction over all tasks, arms and shares."""
     parts = []
     for name, of in said.items():
         for verdict in (BETTER, WORSE):

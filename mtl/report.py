@@ -73,7 +73,7 @@ def markdown(results: Mapping[str, Any], sections: Sequence[Section], folder: Pa
 
 def table_lines(table: Table) -> list[str]:
     """A table in Markdown."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
+    rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in (table.head, *table.rows)]
     head = "| " + " | ".join(rows[0]) + " |"
     return [head, "|---|" + "---:|" * (len(rows[0]) - 1), *["| " + " | ".join(row) + " |" for row in rows[1:]]]
 
@@ -143,14 +143,19 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     found = []
     tasks, arms = len(results["tasks"]), len(results["arms"])
     pairs = [d["n"] for said in results["findings"] for of in said["arms"].values() for d in of.get("difference", {}).values()]
-    if pairs and min(pairs) < max(seeds_needed(tasks), seeds_needed(arms - 1)):
+    shares = len(results["fractions"])
+    compared = (arms - 1) * shares
+    if pairs and min(pairs) < seeds_needed(compared * tasks):
+        at = f" at {shares} shares of the data" * (shares > 1)
         found.append(
             f"{counted(min(pairs), 'seed')}: an exact paired test cannot give a corrected p of 0.05 or less with fewer than "
-            f"{counted(seeds_needed(arms - 1), 'seed')} for the mean of tasks of {counted(arms - 1, 'arm')}, or "
-            f"{seeds_needed(tasks)} for one of {counted(tasks, 'task')}."
+            f"{counted(seeds_needed(compared), 'seed')} for the mean of tasks of {counted(arms - 1, 'arm')}{at}, "
+            f"{seeds_needed(tasks)} for one of {counted(tasks, 'task')} of one arm, and {seeds_needed(compared * tasks)} for a "
+            "task to be named at the top."
         )
-    labels = {task: n for of in results["labelled"].values() for task, n in of.items()}
-    if len(set(labels.values())) > 1:
+    labels, of = results["labelled"], {task: about["dataset"] for task, about in results["tasks"].items()}
+    if any(n < results["samples"][share]["train"][of[task]] for share, tasks in labels.items() for task, n in tasks.items()):
+        labels = {task: n for tasks in labels.values() for task, n in tasks.items()}
         each = ", ".join(f"{task} on {n:,}" for task, n in labels.items())
         found.append(
             f"Training samples are labelled unevenly: {each}. Arms take equally many steps, so a run of one task alone sees "
@@ -182,8 +187,7 @@ def method(results: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"All arms had the same splits and the same training samples; {steps_taken(results)}. Joint runs of one seed had the "
         "same order of samples and the same initial weights of each task's tower, unless an arm's own overrides say otherwise. "
-        "Settings are the config's: none was tuned for an arm. Weights were chosen on validation data by the mean score of the "
-        "tasks that a run trains; the test split was read once, at the end."
+        f"Settings are the config's, but for what stands beside an arm's name. {_selection(results)}"
     )
     if warm := list(dict.fromkeys(cell["arm"] for cell in results["cells"] if cell["starts"])):
         lines.append(
@@ -194,8 +198,10 @@ def method(results: Mapping[str, Any]) -> list[str]:
         "Intervals are 95 %: Student's t below 20 seeds, BCa bootstrap from 20 on. They say how results vary with the seed, on "
         "this split of this data, and are not corrected for how many there are.",
         "Differences are paired by seed; p is that of a two-sided permutation test of their signs, exact up to 20 seeds, above "
-        "from 100,000 random ones. It is corrected (Holm): of the mean of tasks over the arms compared, of a task over the "
-        "tasks. The sentence at the top names a task only where its p, corrected over tasks and arms, is at most 0.05. "
+        "from 100,000 random ones. It is corrected (Holm): of the mean of tasks over the arms and shares of the data compared, "
+        "of a task over the tasks. The sentence at the top names a task only where its p, corrected over tasks, arms and "
+        "shares, is at most 0.05. Means and single tasks are two families: where nothing differs, each says so wrongly in at "
+        "most one of twenty comparisons. "
         "Where an interval and p disagree, p decides: it supposes less.",
         "A point is a hundredth of a score. Where no difference is shown, there may be one as large as the interval says.",
     ]
@@ -208,6 +214,18 @@ def method(results: Mapping[str, Any]) -> list[str]:
             "by the mean of all tasks."
         )
     return lines
+
+
+def _selection(results: Mapping[str, Any]) -> str:
+    """On which data weights were chosen, and how often the test split was read."""
+    if results["config"]["data"]["validation"] != 0:
+        return (
+            "Weights were chosen on validation data by the mean score of the tasks that a run trains; the test split was read "
+            "once, at the end."
+        )
+    cut = any((cell.get("exchange") or {}).get("split") == "test" for cell in results["cells"])
+    again = ", and again to see what its score loses where an exchange is cut" * cut
+    return f"Weights are those of the last epoch; the test split was read at the end{again}."
 
 
 def steps_taken(results: Mapping[str, Any]) -> str:

@@ -113,12 +113,15 @@ def summary(results: Mapping[str, Any], said: Mapping[str, Any]) -> Table:
     """The scores at one share of the data in a table: with the difference to the reference, and to the single-task runs."""
     tasks, baseline = results["tasks"], results["baseline"]
     share = f", {100 * said['fraction']:g} % of the training data" if len(results["findings"]) > 1 else ""
-    head = ["test score" + share, "seeds", "mean of tasks", *tasks, f"points over {results['reference']}", "p"]
+    scores = {about["score"] for about in tasks.values()}
+    named = list(tasks) if len(scores) == 1 else [f"{task}: {about['score']}" for task, about in tasks.items()]
+    what = f"test {scores.pop()}" if len(scores) == 1 else "test score"
+    head = [what + share, "seeds", "mean of tasks", *named, f"points over {results['reference']}", "p"]
     rows = []
     for name, of in said["arms"].items():
         d = of.get("difference", {}).get("mean")
-        scores = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
-        row = [name, str(len(of["seeds"])), plus_minus(of["mean"]), *scores, in_points(d), p_value(d)]
+        each = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
+        row = [name, str(len(of["seeds"])), plus_minus(of["mean"]), *each, in_points(d), p_value(d)]
         if baseline is not None:
             row.append(plus_minus(of["delta_m"], 2) if of.get("delta_m") else "")
         rows.append([*row, f"{of['cost']['parameters']:,.0f}"])
@@ -257,6 +260,8 @@ def cells_of(results: Mapping[str, Any], arm: str, fraction: float) -> list[Mapp
 def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part]:
     """Per arm that exchanges: what is mixed in the end, how that came about, and what it is worth."""
     tasks = list(results["tasks"])
+    if len(tasks) == 1:  # nobody to exchange with
+        return
     for arm in results["arms"]:
         exchanging = [cell["exchange"] for cell in cells_of(results, arm["name"], fraction) if cell["exchange"]]
         if not exchanging:
@@ -292,11 +297,16 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
         yield Part(
             heading=f"{name}: what the exchange is worth",
             text="In the trained network (the tested weights) what one task receives from another at one layer point is cut: "
-            "by so many points the receiving task's score on validation data falls; where it rises, the number is negative. "
+            f"by so many points the receiving task's score on {SPLITS[exchanging[0]['split']]} data falls; where it rises, the "
+            "number is negative. "
             "This is what the network has come to rely on, and not what it would lose if it were trained without.",
             picture=figures.matrices(falls, tasks, f"{name}: fall of scores where a contribution is cut", ".2f", 1.0),
             caption=f"Points that the row's task loses without the column's features{over(n)}.",
         )
+
+
+SPLITS = {"val": "validation", "test": "test"}
+"""Of the ablation, as the report calls them."""
 
 
 def over(seeds: int) -> str:

@@ -52,7 +52,7 @@ def estimate(values: ArrayLike) -> Estimate:
     if n < 2:
         return Estimate(n, mean, None, None, None, None)
     sd = float(x.std(ddof=1))
-    if np.ptp(x) == 0:  # a bootstrap of equal values has no distribution
+    if np.ptp(x) <= 1e-12 * abs(mean):  # a bootstrap of equal values, but for rounding, has no distribution
         return Estimate(n, mean, sd, mean, mean, "t")
     if n < BCA_FROM:
         half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * sd / math.sqrt(n)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtl.build import in_one_shape, input_shape, load_data, make_decoders, make_feed, make_tasks, model_of, run
 from mtl.config import RunConfig
 from mtl.data import Samples, Split, fit_heads
+from mtl.fingerprint import fingerprint
 from mtl.model import MultiTaskModel
 from mtl.step import train_step
 from mtl.task import Task
@@ -36,6 +37,7 @@ class Survey:
         epoch_steps: updates in an epoch.
         batch_sizes: dataset -> its samples in a batch.
         input_shape: that images were brought to; None: they were left alone.
+        fingerprints: "dataset, split" -> whether it is still the same; see `mtl.fingerprint`.
     """
 
     tasks: list[Task]
@@ -46,6 +48,7 @@ class Survey:
     epoch_steps: int
     batch_sizes: dict[str, int]
     input_shape: tuple[int, int, int] | None
+    fingerprints: dict[str, str]
 
 
 def survey(config: RunConfig) -> Survey:
@@ -58,6 +61,7 @@ def survey(config: RunConfig) -> Survey:
         tasks = make_tasks(config)
         samples = load_data(config, tasks, decoders=decoders)
         tasks = fit_heads(tasks, samples[Split.TRAIN])
+        prints = {f"{name}, {split}": fingerprint(part) for split, parts in samples.items() for name, part in parts.items()}
         config, samples, _ = in_one_shape(config, samples)
         training = samples[Split.TRAIN]
         feed = make_feed(config, training)
@@ -72,6 +76,7 @@ def survey(config: RunConfig) -> Survey:
             epoch_steps=feed.steps_per_epoch,
             batch_sizes=feed.batch_sizes,
             input_shape=config.data.input_shape,
+            fingerprints=prints,
         )
 
 

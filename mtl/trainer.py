@@ -71,6 +71,7 @@ def fit(run: Run, state: State | None = None) -> RunResult:
             assert state.best is not None
             load_state(run.model, without_balancer(state.best.weights))
             test, score = score_split(run, Split.TEST, interruption.check)
+            check_finite(state, keeper, f"on the test split, with the weights of epoch {state.best.epoch}", losses_of(test))
         except (KeyboardInterrupt, SystemExit):
             run.progress.line(f"interrupted in epoch {state.epoch + 1}; {keeper.newest}: mtl train --resume {run.directory}")
             raise
@@ -153,9 +154,10 @@ def train_and_validate(run: Run, state: State, keeper: Keeper) -> None:
     watch(run, state, keeper, before)
     if (left_out := run.guard.skipped - before) > 1:
         run.progress.line(f"epoch {state.epoch + 1}: {left_out} steps were left out, for a loss or a gradient was not finite")
-    check_finite(state, keeper, "training", dict(zip(names, trained.losses, strict=False)))
+    epoch = state.epoch + 1
+    check_finite(state, keeper, f"in training, in epoch {epoch}", dict(zip(names, trained.losses, strict=False)))
     figures, score = score_split(run, Split.VAL, keeper.stop_if_asked)
-    check_finite(state, keeper, "validation", {name: of_task["loss"] for name, of_task in figures.items()})
+    check_finite(state, keeper, f"in validation, in epoch {epoch}", losses_of(figures))
     state.images += trained.images
     state.training_seconds += trained.seconds
     state.epoch += 1
@@ -256,21 +258,26 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
 
 
 def check_finite(state: State, keeper: Keeper, where: str, losses: Mapping[str, float | None]) -> None:
-    """Complain about an epoch in which a loss is not a number any more, naming the tasks."""
+    """Complain about a loss that is not a number any more, naming the tasks."""
     if bad := [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]:
         keeper.interruption.check()  # whoever trains another run after this one is to know of it
         keeper.save_if_sound()
-        raise DivergedError(
-            f"the loss of {', '.join(bad)} is not finite in {where}, in epoch {state.epoch + 1}; {keeper.newest}; {REMEDY}"
-        )
+        raise DivergedError(f"the loss of {', '.join(bad)} is not finite {where}; {keeper.newest}; {REMEDY}")
+
+
+def losses_of(figures: Mapping[str, TaskFigures]) -> dict[str, float | None]:
+    """Task -> its loss."""
+    return {name: of_task["loss"] for name, of_task in figures.items()}
 
 
 def score_split(run: Run, split: Split, between: Callable[[], None] = nothing) -> tuple[dict[str, TaskFigures], float | None]:
-    """Each task's figures on a split, and the mean score; empty and None where there is no such split.
+    """Each task's figures on a split, and the mean score; empty and None where there is no such split. None as well where a
+    loss is not finite: a score then fails for that, and not for the data, of which `mean_score` complains.
 
     `between` is called after every batch.
     """
     several = run.processes.count > 1  # which stop together, and have not the same batches to stop after
     between = nothing if several else between
     figures = evaluate(run.model, run.samples[split], 2 * run.config.batch_size, run.autocast, between, run.processes)
-    return figures, mean_score(run.model.tasks, figures)
+    diverged = any(loss is not None and not math.isfinite(loss) for loss in losses_of(figures).values())
+    return figures, None if diverged else mean_score(run.model.tasks, figures)

@@ -344,7 +344,8 @@ def test_a_directory_of_another_comparison_is_refused_with_what_differs(base: Ru
     [
         ({"seeds": 0}, "seeds: how many"),
         ({"seeds": [1, 1]}, "seeds: how many"),
-        ({"fractions": [0.5, 0]}, "fractions: different shares"),
+        ({"fractions": [0.5, 0]}, "fractions: shares above 0"),
+        ({"fractions": [0.3333333, 0.33333334]}, "fractions: .* different in six digits"),
         ({"jobs": 0}, "jobs: at least 1"),
         ({"reference": "unshard"}, "reference: unknown arm 'unshard'"),
     ],
@@ -375,6 +376,73 @@ def test_runs_under_way_say_where_they_are(tmp_path: Path) -> None:
     for rows, said in {'{"epoch": 1}\n': "2 of 3", '{"epoch": 1}\n{"epo': "2 of 3", '{"epoch": 3}\n': "3 of 3"}.items():
         (tmp_path / "metrics.jsonl").write_text(rows)
         assert jobs._epoch(job) == said
+
+
+def test_data_that_changed_are_refused(in_tmp: Path) -> None:
+    """Finished runs of the old labels beside new ones of the new would be paired, and tell of the labels."""
+
+    def write(flipped: int) -> None:
+        random = np.random.default_rng(0)
+        kind = np.arange(60) % 2
+        x = (kind[:, None] + 0.1 * random.standard_normal((60, 4))).astype(np.float32)
+        kind[:flipped] = 1 - kind[:flipped]
+        np.savez("data/v.npz", x=x, kind=kind)
+
+    Path("data").mkdir()
+    write(20)
+    config = RunConfig(
+        tasks=[{"name": "kind", "task": "column_class", "dataset": "vectors"}],
+        backbone={"name": "mlp", "widths": [4]},
+        sharing="unshared",
+        data={"validation": 0.2, "root": "data", "datasets": {"vectors": {"file": "v.npz", "features": "x", "test": 0.3}}},
+        epochs=1,
+        batch_size=16,
+        device="cpu",
+    )
+    mtl.compare(config, ["unshared"], 1, out="out")
+    write(0)
+    with pytest.raises(
+        mtl.RunError, match=r"'out' holds a comparison on other data: vectors, test; .*vectors, train.* changed"
+    ):
+        mtl.compare(config, ["unshared"], 2, out="out")
+    write(20)
+    mtl.compare(config, ["unshared"], 2, out="out")
+
+
+def test_an_arm_cannot_make_another_task_of_one(in_tmp: Path) -> None:
+    config = RunConfig(
+        tasks=[{"name": "first", "task": "shapes_kind"}, "shapes_colour"],
+        backbone={"name": "small_cnn", "width": 0.1},
+        sharing="unshared",
+        data={"validation": 20, "datasets": {"shapes": {"train": 60, "test": 40}}},
+        device="cpu",
+    )
+    other = "odd:tasks=[{name: first, task: shapes_count}, shapes_colour]"
+    with pytest.raises(mtl.ConfigError) as told:
+        mtl.compare(config, ["unshared", other, "worse:optim.freeze=[nothing]"], 1, out="out")
+    assert [line for line in told.value.problems if "arm 'odd': task 'first' is another one there" in line]
+    assert not Path("out", "runs").exists()
+    weighted = "even:tasks=[{name: first, task: shapes_kind, weight: 2}, shapes_colour]"
+    cells_of(arms_of(["unshared", weighted], resolved(config), ()), [1.0], [0], Facts(resolved(config)))
+
+
+def test_an_arm_whose_score_is_lost_with_its_loss_fails_alone(in_tmp: Path) -> None:
+    """In epochs too short for the guard to give up, R^2 is no number before anything says that the loss is none."""
+    config = RunConfig(
+        tasks=["shapes_kind", "shapes_radius"],
+        backbone={"name": "small_cnn", "width": 0.1},
+        sharing="unshared",
+        data={"validation": 20, "datasets": {"shapes": {"train": 200, "test": 40}}},
+        optim={"name": "sgd", "lr": 0.01},
+        epochs=2,
+        batch_size=64,
+        precision="fp32",
+        device="cpu",
+    )
+    found = mtl.compare(config, ["unshared", "boom:optim.lr=1e9", "hard_shared"], 1, out="out").results
+    assert [one["arm"] for one in found["failed"]] == ["boom"]
+    assert "is not finite" in found["failed"][0]["why"]
+    assert [cell["arm"] for cell in found["cells"]] == ["unshared", "hard_shared"]
 
 
 @pytest.mark.spawns
@@ -548,8 +616,8 @@ def test_an_ensemble_averages_what_its_members_say() -> None:
     torch.testing.assert_close(mtl.Regression().averaged(outputs), torch.stack(outputs).mean(0))
 
 
-def results_of(scores: dict[str, list[float]], tasks: int = 1) -> dict[str, Any]:
-    """What `tell` needs, of arms with a score per seed that all tasks have."""
+def results_of(scores: dict[str, list[float]], tasks: int = 1, fractions: tuple[float, ...] = (1.0,)) -> dict[str, Any]:
+    """What `tell` needs, of arms with a score per seed that all tasks have, at every share of the data."""
     names = [f"t{i}" for i in range(tasks)]
     cost = dict.fromkeys(("parameters", "flops_per_image", "seconds_per_step", "peak_memory_bytes", "training_seconds"), 1)
     return {
@@ -560,10 +628,11 @@ def results_of(scores: dict[str, list[float]], tasks: int = 1) -> dict[str, Any]
         "arms": [{"name": name, "about": ""} for name in scores],
         "reference": next(iter(scores)),
         "baseline": "single_task" if "single_task" in scores else None,
-        "fractions": [1.0],
+        "fractions": list(fractions),
         "failed": [],
         "cells": [
-            {"arm": name, "seed": seed, "fraction": 1.0, "cost": cost, "test": {t: {"accuracy": value} for t in names}}
+            {"arm": name, "seed": seed, "fraction": at, "cost": cost, "test": {t: {"accuracy": value} for t in names}}
+            for at in fractions
             for name, values in scores.items()
             for seed, value in enumerate(values)
         ],
@@ -610,6 +679,34 @@ def test_of_many_arms_that_are_all_alike_hardly_one_comparison_in_twenty_claims_
         [said] = tell(results_of(scores, tasks=2))
         claims += " better" in said["answer"] or " worse" in said["answer"]
     assert claims <= 6  # each has one reference, so its comparisons go wrong together; uncorrected it is 22
+
+
+def test_p_is_corrected_over_the_shares_of_the_data_too() -> None:
+    up = [0.9 + 0.001 * seed for seed in range(8)]
+    scores = {"unshared": [0.8] * 8, "up": up, "same": [0.8, 0.81] * 4}
+    for fractions, verdict in {(1.0,): "better", (0.1, 0.5, 1.0): "better", tuple(i / 10 for i in range(1, 11)): FEW}.items():
+        found = tell(results_of(scores, fractions=fractions))
+        assert [said["fraction"] for said in found] == list(fractions)
+        for said in found:
+            mean = said["arms"]["up"]["difference"]["mean"]
+            assert mean["p"] == pytest.approx(min(1.0, 2 / 2**8 * 2 * len(fractions)), rel=0.5)
+            assert mean["verdict"] == verdict
+    assert "with 2 arms to compare at 10 shares of the data it takes 10 or more" in found[0]["answer"]
+
+
+def test_where_nothing_differs_hardly_one_comparison_in_twenty_claims_a_mean_or_a_task() -> None:
+    """Tasks and shares of their own: the mean and the tasks are each wrong in one of twenty."""
+    random = np.random.default_rng(0)
+    means, tasks = 0, 0
+    for _ in range(60):
+        results = results_of({name: [0.0] * 10 for name in ("unshared", "a", "b", "c")}, tasks=2, fractions=(0.1, 0.5, 1.0))
+        for cell in results["cells"]:
+            cell["test"] = {t: {"accuracy": 0.9 + 0.01 * random.standard_normal()} for t in results["tasks"]}
+        answers = " ".join(said["answer"] for said in tell(results))
+        means += " better." in answers.split("Task by task")[0] or " do better" in answers or " does " in answers
+        tasks += "Task by task" in answers
+    assert means <= 6  # of 60, of which 3 are due
+    assert tasks <= 6
 
 
 def test_many_arms_of_one_verdict_are_counted() -> None:
