@@ -146,7 +146,7 @@ def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig
         for one in noted
     ]
     machines = [{**kind, "runs": kinds.count(kind)} for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-    at_once = max((one.get("at_once", 1) for one in noted), default=1)
+    at_once = max((part.get("at_once", 1) for one in noted for part in (one, *one.get("resumed", ()))), default=1)
     set_aside: dict[str, dict[str, int]] = {}
     for name in names:
         for dataset, counts in (finished(runs / name) or {}).get("set_aside", {}).items():

@@ -29,7 +29,7 @@ from mtl.locking import Lock, is_own
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
 from mtl.resuming import is_of, resume
-from mtl.writing import write_whole
+from mtl.rundir import share_machine
 
 
 @dataclass(frozen=True)
@@ -143,15 +143,13 @@ def _one_by_one(left: Sequence[Job], tally: Tally) -> dict[Path, str]:
     return failed
 
 
-def _train(job: Job, progress: Progress, at_once: int = 1) -> str | None:
+def _train(job: Job, progress: Progress) -> str | None:
     try:
         if not _resumed(job, progress):
             _clear(job.directory)
             train(job.config, job.directory, progress)
     except DivergedError as error:
         return str(error)
-    note = job.directory / "env.json"
-    write_whole(note, json.dumps({**json.loads(note.read_text(encoding="utf-8")), "at_once": at_once}, indent=2) + "\n")
     return None
 
 
@@ -190,12 +188,13 @@ _device = ""
 """Of this process, where it is one of several that train."""
 
 
-def _begin(plugins: Sequence[Path], devices: Queue[str], threads: int) -> None:
+def _begin(plugins: Sequence[Path], devices: Queue[str], threads: int, at_once: int) -> None:
     global _device
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
     _device = devices.get()
     torch.set_num_threads(threads)
+    share_machine(at_once)
     for path in plugins:
         load_plugin_file(path)
 
@@ -207,14 +206,14 @@ def _end_with_parent() -> None:
     os._exit(1)  # killed: nobody is left to train for, and another may begin this run anew
 
 
-def _work(tree: dict[str, Any], directory: Path, workers: int, at_once: int) -> tuple[str | None, float]:
+def _work(tree: dict[str, Any], directory: Path, workers: int) -> tuple[str | None, float]:
     """Train in a process of its own. Returns why it failed, if it did, and the seconds that it took."""
     started = time.monotonic()
     config = from_tree(tree)
     decoders = min(workers, config.data.workers) if isinstance(config.data.workers, int) else workers
     config = config.replaced(device=_device, data=config.data.model_copy(update={"workers": decoders}))
     try:
-        return _train(Job(config, directory, ""), Silent(), at_once), time.monotonic() - started
+        return _train(Job(config, directory, ""), Silent()), time.monotonic() - started
     except SystemExit as ended:  # saved and told to end, which the pool would take for a run that failed, and go on
         os._exit(ended.code if isinstance(ended.code, int) else 1)
 
@@ -231,11 +230,9 @@ def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: 
     threads = max(1, usable_cores() // at_once)
     failed: dict[Path, str] = {}
     others = multiprocessing.active_children()
-    executor = ProcessPoolExecutor(at_once, context, _begin, (list(plugins), devices, threads))
+    executor = ProcessPoolExecutor(at_once, context, _begin, (list(plugins), devices, threads, at_once))
     try:
-        futures = {
-            executor.submit(_work, job.config.model_dump(mode="json"), job.directory, threads, at_once): job for job in left
-        }
+        futures = {executor.submit(_work, job.config.model_dump(mode="json"), job.directory, threads): job for job in left}
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, PATIENCE, FIRST_COMPLETED)

@@ -137,8 +137,17 @@ def _unused(config: RunConfig) -> Path:
     return directory
 
 
+_at_once = 1
+
+
+def share_machine(at_once: int) -> None:
+    """Runs of this process note that it is one of so many that train at a time: their times are not those of a run alone."""
+    global _at_once
+    _at_once = at_once
+
+
 def environment(config: RunConfig) -> dict[str, Any]:
-    """What a figure needs beside it: versions, hardware, threads, config digest, when."""
+    """What a figure needs beside it: versions, hardware, threads, runs at a time, config digest, when."""
     device = torch.device(config.device)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,6 +159,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "tf32": torch.backends.cudnn.allow_tf32 if device.type == "cuda" else None,  # of fp32 convolutions
         "threads": torch.get_num_threads(),
+        "at_once": _at_once,
     }
 
 

@@ -32,13 +32,14 @@ from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
 from mtl.backbones import SmallCNN
 from mtl.cli import app
-from mtl.collecting import Facts
+from mtl.collecting import Facts, circumstances
 from mtl.comparison import cells_of
 from mtl.comparison_dir import begun
 from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, tell
 from mtl.locking import Lock
+from mtl.rundir import DISTRIBUTION
 from mtl.sections import in_points
 from mtl.stats import estimate
 from mtl.task import make_task
@@ -368,6 +369,19 @@ def test_a_run_that_fails_is_missing_and_the_others_are_not(
     assert found.results["findings"][0]["answer"].endswith("wild failed with every seed.")
     found = mtl.compare(base, ["wild:optim.lr=1e30 optim.name=sgd", "unshared"], 1, out="one", reference="wild")
     assert "no run of wild, the reference, is finished" in found.results["findings"][0]["answer"]
+
+
+def test_how_many_trained_at_once_outlives_a_cut_and_a_lost_note(tmp_path: Path) -> None:
+    where = {"device_name": "cpu", "threads": 1, "versions": {"torch": "2", DISTRIBUTION: "1"}}
+    noted = {"a": {**where, "at_once": 1, "resumed": [{**where, "at_once": 3}]}, "b": {**where, "at_once": 2}, "lost": None}
+    for name, note in noted.items():
+        (tmp_path / name).mkdir()
+        if note is not None:
+            (tmp_path / name / "env.json").write_text(json.dumps(note))
+    config = RunConfig(tasks=["tiny_a"], sharing="unshared", device="cpu")
+    found = circumstances([{"runs": ["a", "b", "lost"], "starts": []}], tmp_path, config)
+    assert found["at_once"] == 3
+    assert found["machines"] == [{"device": "cpu", "threads": 1, "torch": "2", "mtl": "1", "runs": 2}]
 
 
 def test_runs_under_way_say_where_they_are(tmp_path: Path) -> None:

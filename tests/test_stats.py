@@ -110,6 +110,13 @@ def test_delta_m_by_hand() -> None:
     assert delta_m([0.5], [0.0], [True]) is None
 
 
+def test_twenty_values_that_differ_by_rounding_have_an_interval() -> None:
+    values = [0.9] * 10 + [math.nextafter(0.9, 1)] * 10
+    found = estimate(values)
+    assert found.low is not None
+    assert found.low == pytest.approx(found.mean) == pytest.approx(0.9)
+
+
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [[1.0, 2.0]]])
 def test_what_are_no_values(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite numbers"):
