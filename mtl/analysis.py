@@ -125,20 +125,20 @@ class Analyst:
 
 def trajectory(run: Path) -> dict[str, dict[str, list[Any]]]:
     """Layer point -> `epochs` and `coupling` (T, T) at each, as the run noted them; empty where it exchanged nothing."""
-    try:
-        lines = (run / "exchange.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
     found: dict[str, dict[str, list[Any]]] = {}
-    for row in whole_lines(lines):
+    for row in whole_rows(run / "exchange.jsonl"):
         of_point = found.setdefault(row["point"], {"epochs": [], "coupling": []})
         of_point["epochs"].append(row["epoch"])
         of_point["coupling"].append(row["coupling"])
     return found
 
 
-def whole_lines(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a log; of a line that was cut off, and what follows it, nothing."""
+def whole_rows(log: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log; of a line that was cut off, and what follows it, nothing, and nothing of one that is not there."""
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
     for line in lines:
         try:
             yield json.loads(line)
@@ -149,11 +149,7 @@ def whole_lines(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
 def curves(run: Path) -> dict[str, dict[str, list[float]]]:
     """Task -> metric -> values on validation data after each epoch."""
     found: dict[str, dict[str, list[float]]] = {}
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    for row in whole_lines(lines):
+    for row in whole_rows(run / "metrics.jsonl"):
         if row.pop("split") == "val":
             of_task = found.setdefault(row.pop("task"), {})
             for metric, value in row.items():

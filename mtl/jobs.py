@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mtl.analysis import whole_rows
 from mtl.build import train
 from mtl.config import RunConfig, from_tree
 from mtl.errors import DivergedError, NoCheckpointError, RunError
@@ -262,11 +263,7 @@ def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: 
 
 def _epoch(job: Job) -> str:
     """The one that a run is in, of how many."""
-    try:
-        text = (job.directory / "metrics.jsonl").read_text(encoding="utf-8")
-        over = int(json.loads(text[: text.rfind("\n") + 1].splitlines()[-1])["epoch"])
-    except (OSError, LookupError, ValueError):  # none is over
-        over = 0
+    over = max((row["epoch"] for row in whole_rows(job.directory / "metrics.jsonl")), default=0)
     return f"{min(over + 1, job.config.epochs)} of {job.config.epochs}"
 
 

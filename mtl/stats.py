@@ -52,15 +52,13 @@ def estimate(values: ArrayLike) -> Estimate:
     if n < 2:
         return Estimate(n, mean, None, None, None, None)
     sd = float(x.std(ddof=1))
-    if np.ptp(x) <= 1e-12 * abs(mean):  # a bootstrap of equal values, but for rounding, has no distribution
-        return Estimate(n, mean, sd, mean, mean, "t")
-    if n < BCA_FROM:
-        half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * sd / math.sqrt(n)
-        return Estimate(n, mean, sd, mean - half, mean + half, "t")
-    found = stats.bootstrap(
-        (x,), np.mean, confidence_level=1 - ALPHA, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Estimate(n, mean, sd, float(found.low), float(found.high), "BCa")
+    if n >= BCA_FROM and np.ptp(x) > 1e-12 * np.abs(x).max():  # values equal but for rounding have no bootstrap distribution
+        found = stats.bootstrap(
+            (x,), np.mean, confidence_level=1 - ALPHA, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(0)
+        ).confidence_interval
+        return Estimate(n, mean, sd, float(found.low), float(found.high), "BCa")
+    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * sd / math.sqrt(n)
+    return Estimate(n, mean, sd, mean - half, mean + half, "t")
 
 
 def permutation_p(differences: ArrayLike) -> float:

@@ -169,7 +169,7 @@ def one_step(
     }
 
 
-def agree(found: Step, expected: Step, tolerance: float = 1e-9) -> None:
+def assert_agree(found: Step, expected: Step, tolerance: float = 1e-9) -> None:
     """To `tolerance` of the largest of all outputs, gradients or buffers where that is above 1."""
     assert expected["outputs"]
     assert found.keys() == expected.keys()
@@ -204,7 +204,7 @@ def test_a_step_is_that_of_one_by_one(name: str) -> None:
     towers, segments, x = towers_of(name, 2)
     calm(towers)
     before = [b.clone() for b in towers[1].buffers()]
-    agree(*both(towers, segments, [x, x]))
+    assert_agree(*both(towers, segments, [x, x]))
     assert stacked(towers)
     if before and name not in ("swin", "swin_v2", "maxvit"):  # whose other buffers are indices
         assert not all(torch.equal(a, b) for a, b in zip(before, towers[1].buffers(), strict=True))
@@ -212,7 +212,7 @@ def test_a_step_is_that_of_one_by_one(name: str) -> None:
         tower.eval()
     before = [b.clone() for tower in towers for b in tower.buffers()]
     found, expected = both(towers, segments, [x, x])
-    agree(found, expected)
+    assert_agree(found, expected)
     assert all(torch.equal(a, b) for a, b in zip(before, found["buffers"], strict=True))
 
 
@@ -221,7 +221,7 @@ def test_a_step_is_that_of_one_by_one(name: str) -> None:
 def test_any_number_of_towers_and_inputs_of_their_own(tasks: int, granularity: str) -> None:
     towers, segments, x = towers_of("mlp", tasks, granularity)
     calm(towers)
-    agree(*both(towers, segments, [x + i for i in range(tasks)]))
+    assert_agree(*both(towers, segments, [x + i for i in range(tasks)]))
     assert stacked(towers)
 
 
@@ -456,12 +456,12 @@ def test_a_pass_that_cannot_be_batched_goes_one_by_one() -> None:
     towers = [Body(plain) for _ in range(2)]
     segments = [Segment((cut(towers[0], ())[0],))]
     for inputs in ([torch.randn(4, 4), torch.randn(3, 4)], [torch.randn(4, 4)]):
-        agree(*both(towers[: len(inputs)], segments, inputs))
+        assert_agree(*both(towers[: len(inputs)], segments, inputs))
     towers[1].norm.eval()
-    agree(*both(towers, segments, [torch.randn(4, 4)] * 2))
+    assert_agree(*both(towers, segments, [torch.randn(4, 4)] * 2))
     assert not stacked(towers)
     towers[1].norm.train()
-    agree(*both(towers, segments, [torch.randn(4, 4)] * 2), tolerance=1e-5)
+    assert_agree(*both(towers, segments, [torch.randn(4, 4)] * 2), tolerance=1e-5)
     assert stacked(towers)
 
 
@@ -525,8 +525,8 @@ def test_towers_may_be_moved(
     moved = move(towers)
     if len(moved) < 3:
         segments = [Segment(segment.stages) for segment in segments]
-    agree(*both(moved, segments, [x] * len(moved)))
-    agree(*both(moved, segments, [x] * len(moved)))
+    assert_agree(*both(moved, segments, [x] * len(moved)))
+    assert_agree(*both(moved, segments, [x] * len(moved)))
     assert stacked(moved)
 
 
@@ -538,7 +538,7 @@ def test_some_towers_of_many_at_uneven_distances() -> None:
     one_step(Batched(), towers, segments, [x] * 4)
     where = addresses(towers)
     some = [towers[0], towers[1], towers[3]]
-    agree(*both(some, segments, [x] * 3))
+    assert_agree(*both(some, segments, [x] * 3))
     assert addresses(towers) == where
 
 
@@ -548,7 +548,7 @@ def test_all_towers_after_some() -> None:
     calm(towers)
     segments = [Segment(segment.stages) for segment in segments]
     for some in (towers[::2], towers[1:3], towers, towers[:2]):
-        agree(*both(some, segments, [x] * len(some)))
+        assert_agree(*both(some, segments, [x] * len(some)))
     assert stacked(towers)
 
 
@@ -566,7 +566,7 @@ def test_gradients_of_frozen_towers_do_not_appear(ran: tuple[list[nn.Module], li
     towers, segments, x = ran
     towers[1].requires_grad_(False)
     towers[0].pool1.conv.weight.requires_grad_(False)
-    agree(*both(towers, segments, [x] * 3))
+    assert_agree(*both(towers, segments, [x] * 3))
     one_step(Batched(), towers, segments, [x] * 3)
     assert all(p.grad is None for p in towers[1].parameters())
     assert towers[0].pool1.conv.weight.grad is None
@@ -596,7 +596,7 @@ def test_tied_weights_stay_tied() -> None:
 
     towers = [make() for _ in range(2)]
     [stage] = cut(towers[0], ())
-    agree(*both(towers, [Segment((stage,))], [torch.randn(3, 4)] * 2), tolerance=1e-6)
+    assert_agree(*both(towers, [Segment((stage,))], [torch.randn(3, 4)] * 2), tolerance=1e-6)
     assert towers[1][0].weight is towers[1][2].weight
 
 
@@ -635,7 +635,7 @@ def pair_of(sharing: Sharing, datasets: Sequence[str] = ("d",), backbone: Any = 
     return batched, plain
 
 
-def same_state(a: nn.Module, b: nn.Module, tolerance: float = 1e-9) -> None:
+def assert_same_state(a: nn.Module, b: nn.Module, tolerance: float = 1e-9) -> None:
     state, other = a.state_dict(), b.state_dict()
     assert state
     assert state.keys() == other.keys()
@@ -665,7 +665,7 @@ def test_training_is_that_of_one_by_one(kind: str, optimizer: str) -> None:
             model.eval()
             with torch.inference_mode():
                 model({"d": images(4, 9)})
-    same_state(*models)
+    assert_same_state(*models)
     assert kind == "hard_shared" or stacked(list(models[0].towers.values()))
 
 
@@ -679,7 +679,7 @@ def test_two_datasets(sharing: Sharing) -> None:
             torch.testing.assert_close(found[0][name], y, rtol=1e-9, atol=1e-9)
         for outputs in found:
             torch.stack([y.square().mean() for y in outputs.values()]).sum().backward()
-        same_state(*models)
+        assert_same_state(*models)
         for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
             zero = torch.zeros_like(p)
             torch.testing.assert_close(p.grad if p.grad is not None else zero, q.grad if q.grad is not None else zero, msg=name)
@@ -698,7 +698,7 @@ def test_weights_are_saved_tower_by_tower_and_loaded(tmp_path: Path) -> None:
         for p in fresh.parameters():
             p.zero_()
     load_weights(tmp_path / "batched", fresh)
-    same_state(fresh, plain)
+    assert_same_state(fresh, plain)
     assert stacked(list(fresh.towers.values()))
     for model in (fresh, plain):
         model.eval()
@@ -790,8 +790,8 @@ def test_a_model_that_ran_batched_is_copied_and_pickled() -> None:
         other({"d": images(seed=1)})
         same = copy.deepcopy(plain)
         same({"d": images(seed=1)})
-        same_state(other, same)
-    same_state(batched, plain)
+        assert_same_state(other, same)
+    assert_same_state(batched, plain)
 
 
 # --- units ------------------------------------------------------------------------------------------------------------------
@@ -885,10 +885,10 @@ def test_by_hand_is_what_one_by_one_does(layer: Callable[[], nn.Module], shape: 
     inputs = [x[0]] * 3 if shared else list(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        agree(*both(towers, [Segment((stage,))], inputs))
+        assert_agree(*both(towers, [Segment((stage,))], inputs))
         for tower in towers:
             tower.eval()
-        agree(*both(towers, [Segment((stage,))], inputs))
+        assert_agree(*both(towers, [Segment((stage,))], inputs))
 
 
 def test_attention_runs_without_a_loop() -> None:
@@ -919,7 +919,7 @@ def test_attention_runs_without_a_loop() -> None:
         for training in (True, False):
             for tower in towers:
                 tower.train(training)
-            agree(*both(towers, [Segment((stage,))], [x, x]))
+            assert_agree(*both(towers, [Segment((stage,))], [x, x]))
             with torch.no_grad():
                 found, expected = (e.run(towers, [Segment((stage,))], [x, x]) for e in (Batched(), OneByOne()))
             torch.testing.assert_close(found, expected)
