@@ -168,8 +168,14 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             "of a run alone, and not to be compared."
         )
     if results["failed"]:
-        each = "; ".join(f"{one['arm']}, seed {one['seed']}: {one['why']}" for one in results["failed"][:5])
-        found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed: {each}.")
+        lost: dict[tuple[str, float], list[int]] = {}
+        for one in results["failed"]:
+            lost.setdefault((one["arm"], one["fraction"]), []).append(one["seed"])
+        each = "; ".join(
+            f"{arm}{f' at {100 * fraction:g} %' * (shares > 1)}, seed{'s' * (len(seeds) > 1)} {ranges(seeds)}"
+            for (arm, fraction), seeds in lost.items()
+        )
+        found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed ({each}); the report says why.")
     for dataset, counts in results.get("set_aside", {}).items():  # which results of an earlier version do not hold
         each = "; ".join(f"{count:,} {why}" for why, count in counts.items())
         found.append(f"Of dataset {dataset} were set aside: {each} (the most in one run); a run's set_aside.csv lists them.")

@@ -43,16 +43,19 @@ def sections_of(results: Mapping[str, Any]) -> Iterator[Section]:
     tasks, look = results["tasks"], Look([arm["name"] for arm in results["arms"]])
     several = len(results["fractions"]) > 1
     if several:
-        picture = figures.against_fraction(results["findings"], tasks, look)
         head = ["share", *[f"samples of {name}" for name in next(iter(results["samples"].values()))["train"]]]
         head += [f"labels of {task}" for task in tasks]
         rows = [
             [f"{100 * fraction:g} %", *map(str, results["samples"][key]["train"].values()), *map(str, labels.values())]
             for fraction, (key, labels) in zip(results["fractions"], results["labelled"].items(), strict=True)
         ]
-        parts = [Part(picture=picture), Part(heading="What is trained on", table=Table(head, rows))]
+        parts = [Part(heading="What is trained on", table=Table(head, rows))]
+        if any(said["arms"] for said in results["findings"]):
+            parts.insert(0, Part(picture=figures.against_fraction(results["findings"], tasks, look)))
         yield Section("Against the share of the training data", parts)
     for said in results["findings"]:
+        if not said["arms"]:  # every run failed
+            continue
         where = f" with {100 * said['fraction']:g} % of the training data" if several else ""
         yield Section(f"Scores{where}", list(score_parts(results, said, look)))
         if any("transfer" in of for of in said["arms"].values()):
@@ -65,6 +68,17 @@ def sections_of(results: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(f"Cost{where}", list(cost_parts(results, said, look)))
         if parts := list(exchange_parts(results, said["fraction"])):
             yield Section(f"What is exchanged{where}", parts)
+    if results["failed"]:
+        yield Section("Runs that failed", [Part(table=failures(results))])
+
+
+def failures(results: Mapping[str, Any]) -> Table:
+    """Why cells are missing."""
+    several = len(results["fractions"]) > 1
+    rows = [
+        [one["arm"], *[f"{100 * one['fraction']:g} %"] * several, str(one["seed"]), one["why"]] for one in results["failed"]
+    ]
+    return Table(["arm", *["share"] * several, "seed", "why"], rows)
 
 
 CURVES = "Score on validation data after each epoch, mean over seeds"

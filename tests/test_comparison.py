@@ -365,10 +365,25 @@ def test_a_run_that_fails_is_missing_and_the_others_are_not(
     [lost] = found.results["failed"]
     assert (lost["arm"], lost["seed"]) == ("wild", 0)
     assert "not finite" in lost["why"]
-    assert "1 cell missing, for a run failed: wild, seed 0" in Path("one/report.md").read_text()
+    report = Path("one/report.md").read_text()
+    assert "1 cell missing, for a run failed (wild, seed 0); the report says why." in report
+    assert f"| wild | 0 | {lost['why']} |" in report.partition("## Runs that failed")[2]
     assert found.results["findings"][0]["answer"].endswith("wild failed with every seed.")
     found = mtl.compare(base, ["wild:optim.lr=1e30 optim.name=sgd", "unshared"], 1, out="one", reference="wild")
     assert "no run of wild, the reference, is finished" in found.results["findings"][0]["answer"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_every_run_fails_the_report_says_so_and_draws_nothing(base: RunConfig, in_tmp: Path) -> None:
+    wild = base.replaced(optim=base.optim.model_copy(update={"name": "sgd", "lr": 1e30}))
+    found = mtl.compare(wild, ["unshared", "cross_stitch"], 1, fractions=[0.5, 1], out="one")
+    assert len(found.results["failed"]) == 4
+    page = Path("one/report.html").read_text()
+    assert page.count("failed with every seed.") == 4
+    assert (
+        "4 cells missing, for a run failed (unshared at 50 %, seed 0; cross_stitch at 50 %, seed 0; unshared at 100 %" in page
+    )
+    assert "<svg" not in page
 
 
 def test_how_many_trained_at_once_outlives_a_cut_and_a_lost_note(tmp_path: Path) -> None:
