@@ -51,6 +51,10 @@ class Backbone:
         """Whether features at a layer point are (B, ..., C)."""
         return self.channels_last is not None and re.fullmatch(self.channels_last, point) is not None
 
+    def channels_first(self, point: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape (C, ...) of one sample's features at a layer point, of which the network gives this shape."""
+        return (shape[-1], *shape[:-1]) if self.is_channels_last(point) else shape
+
 
 def prepare(x: Tensor, channels: int | None, size: tuple[int, int] | None) -> Tensor:
     """(B, C, H, W) -> (B, channels, *size): bilinear with antialiasing, then one channel repeated. None: as it is."""

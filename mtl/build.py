@@ -18,17 +18,19 @@ from mtl.batches import Feed
 from mtl.checkpoints import read_weights_file, weights_file
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
-from mtl.data import Portion, Samples, Split, data_root, fit_heads, load_splits
+from mtl.data import Samples, Split, data_root, fit_heads, load_splits
 from mtl.decoding import Decoders
 from mtl.duplicates import warnings_of
 from mtl.errors import ConfigError, DataError, PluginError, RunError, listing, unknown
 from mtl.evaluation import evaluate, has_unused, mean_score, try_tasks
+from mtl.factory import backbone_maker
 from mtl.files import Reading
 from mtl.hardware import memory_kept
 from mtl.locking import Lock
-from mtl.model import MultiTaskModel, backbone_maker
+from mtl.model import MultiTaskModel
 from mtl.optim import L2, make_optimizer, make_schedule
 from mtl.outliers import warnings_of_labels
+from mtl.portions import Portion
 from mtl.processes import ALONE, Processes, joined
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS

@@ -24,9 +24,8 @@ from mtl.errors import DataError, MTLError, PluginError, unknown
 from mtl.files import Reading
 from mtl.heads import Head
 from mtl.options import Options
+from mtl.portions import Masks, Portion, carve, label_mask, subset, used
 from mtl.registry import DATASETS, Plugin
-from mtl.seeding import permutation
-from mtl.subsets import how_many, stratified
 from mtl.task import Task, check_name
 
 
@@ -97,18 +96,6 @@ class Samples:
         order = None if order is None else order.to(self.images.device)
         for start, stop in bounds:
             yield self.images[start:stop] if order is None else self.images.index_select(0, order[start:stop]), []
-
-
-@dataclass(frozen=True)
-class Portion:
-    """How much of the training data is used: the same samples whatever the run's seed and its other tasks.
-
-    `fraction` is the share of the training samples, and `labelled` says of a task how many of its labels are (a count, or a
-    share as a float). Both are stratified and nested (`mtl.subsets`).
-    """
-
-    fraction: float = 1.0
-    labelled: Mapping[str, int | float] = field(default_factory=dict)
 
 
 def data_root(configured: str | Path | None = None) -> Path:
@@ -182,15 +169,15 @@ def checked_splits(
             raise DataError(f"dataset {name!r}: its splits name different classes: {classes}, but {split} {part.classes}")
     _check_groups(name, parts)
     tasks = [replace(task, head=named(task, classes)) for task in tasks]
-    masks: dict[Split, Masks] = {split: {task.name: _labelled(parts[split], task) for task in tasks} for split in parts}
+    masks: dict[Split, Masks] = {split: {task.name: label_mask(parts[split], task) for task in tasks} for split in parts}
     if Split.TRAIN in parts:
         _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, masks[Split.TRAIN], "cpu")  # whole: positions are the plugin's own
     if validation and Split.TRAIN in parts and Split.VAL not in parts:
-        kept, held_out = _carve(name, parts[Split.TRAIN], validation, split_seed)
-        parts[Split.VAL], masks[Split.VAL] = _subset(parts[Split.TRAIN], masks[Split.TRAIN], held_out)
-        parts[Split.TRAIN], masks[Split.TRAIN] = _subset(parts[Split.TRAIN], masks[Split.TRAIN], kept)
+        kept, held_out = carve(name, parts[Split.TRAIN], validation, split_seed)
+        parts[Split.VAL], masks[Split.VAL] = subset(parts[Split.TRAIN], masks[Split.TRAIN], held_out)
+        parts[Split.TRAIN], masks[Split.TRAIN] = subset(parts[Split.TRAIN], masks[Split.TRAIN], kept)
     if Split.TRAIN in splits:
-        parts[Split.TRAIN], masks[Split.TRAIN] = _used(
+        parts[Split.TRAIN], masks[Split.TRAIN] = used(
             name, parts[Split.TRAIN], tasks, masks[Split.TRAIN], portion or Portion(), split_seed
         )
     samples = {
@@ -241,86 +228,6 @@ def load_dataset(plugin: Plugin, split: Split, root: Path, options: BaseModel | 
             f"{type(data).__name__}; a dataset without that split leaves it out of register_dataset(..., splits=(...))"
         )
     return data
-
-
-Masks = Mapping[str, Tensor]
-"""Task -> bool, (N,) or of the labels' shape: where a sample has its label."""
-
-
-def _labelled(data: Dataset, task: Task) -> Tensor:
-    return data.valid.get(task.target, torch.ones(len(data), dtype=torch.bool))
-
-
-def _subset(data: Dataset, masks: Masks, index: Tensor) -> tuple[Dataset, dict[str, Tensor]]:
-    return data.subset(index), {task: mask[index] for task, mask in masks.items()}
-
-
-def _used(name: str, train: Dataset, tasks: Sequence[Task], masks: Masks, portion: Portion, seed: int) -> tuple[Dataset, Masks]:
-    """What a run trains on of what is left beside validation, and its labels.
-
-    Raises:
-        DataError: more labels wanted than there are.
-    """
-    if portion.fraction < 1:
-        strata = [_stratum(train, target) for target in sorted(train.labels) if _in_strata(train, target)]
-        everything = torch.arange(len(train))
-        count = max(2, how_many(float(portion.fraction), len(train)))
-        train, masks = _subset(train, masks, stratified(strata, everything, count, seed, "fraction", name))
-    masks = dict(masks)
-    for task in tasks:
-        if (wanted := portion.labelled.get(task.name)) is None:
-            continue
-        having = masks[task.name].reshape(len(train), -1).any(1).nonzero().flatten()
-        count = max(1, how_many(wanted, len(having)))
-        if count > len(having):
-            raise DataError(
-                f"data.labelled: {count} labels of task {task.name!r} are wanted, and {len(having)} training samples of "
-                f"dataset {name!r} carry one; ask for fewer, or for a share such as 0.5"
-            )
-        strata = [_stratum(train, task.target)] if _in_strata(train, task.target) else []
-        chosen = torch.zeros(len(train), dtype=torch.bool)
-        chosen[stratified(strata, having, count, seed, "labelled", name, task.target)] = True
-        masks[task.name] = masks[task.name] & chosen.view(-1, *[1] * (masks[task.name].ndim - 1))
-    any_label = torch.stack([mask.reshape(len(train), -1).any(1) for mask in masks.values()]).any(0)
-    if any_label.all() or not any_label.any():
-        return train, masks
-    return _subset(train, masks, any_label.nonzero().flatten())
-
-
-def _in_strata(data: Dataset, target: str) -> bool:
-    labels = data.labels[target]
-    return labels.ndim == 1 and not labels.is_floating_point()
-
-
-def _stratum(data: Dataset, target: str) -> Tensor:
-    """A sample's label of this target as an integer; -1 where it has none."""
-    labels, mask = data.labels[target].long(), data.valid.get(target)
-    return labels if mask is None or mask.ndim > 1 else torch.where(mask, labels, -1)
-
-
-def _carve(name: str, train: Dataset, validation: int | float, seed: int) -> tuple[Tensor, Tensor]:
-    """The positions that stay and those that are held out, ascending."""
-    total = len(train)
-    count = how_many(validation, total)
-    if not 0 < count <= total - 2:
-        raise DataError(
-            f"dataset {name!r}: data.validation={validation} holds out {count} of {total} training images; at least one must "
-            "be held out and two must stay; use a share such as 0.1, or 0 to select the last epoch"
-        )
-    if train.groups is None:
-        order = permutation(total, seed, "validation", name)
-        return order[count:].sort().values, order[:count].sort().values
-    _, group, sizes = train.groups.unique(return_inverse=True, return_counts=True)
-    order = permutation(len(sizes), seed, "validation", name)
-    taken = sizes[order].cumsum(0)  # samples in the first groups
-    whole = int((taken - count).abs().argmin()) + 1
-    if not int(taken[whole - 1]) <= total - 2:
-        raise DataError(
-            f"dataset {name!r}: data.validation={validation} cannot be held out in whole groups: {len(sizes)} groups have up "
-            f"to {int(sizes.max())} of {total} training images; use fewer, or give more groups"
-        )
-    held_out = torch.isin(group, order[:whole])
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
 def _check(

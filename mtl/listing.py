@@ -89,7 +89,7 @@ def backbones(
         list_names(BACKBONES.origins(), "backbones", as_json)
         return
     from mtl.errors import ConfigError
-    from mtl.model import describe_backbone
+    from mtl.factory import describe_backbone
 
     try:
         shape = tuple(int(extent) for extent in input_shape.split("x"))

@@ -12,21 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from mtl.backbones import Backbone, prepare
 from mtl.errors import ConfigError, MTLError, PluginError, unknown
 from mtl.execution import Execution, OneByOne, Segment
 from mtl.heads import check_consumes
-from mtl.registry import Plugin
 from mtl.seeding import seeded
 from mtl.sharing import Sharing
-from mtl.stages import CutError, Stage, cut, keep_only, legal_points, module_outputs, probe
+from mtl.stages import CutError, Stage, cut, keep_only, probe
 from mtl.standardize import Standardize
 from mtl.task import Task
 from mtl.units import ExchangeUnit
@@ -92,7 +90,7 @@ class MultiTaskModel(nn.Module):
         x = self._prepare(torch.zeros(2, *input_shape))
         shapes = probe(trunk.network, self.stages, x)
         self._channels_last = {i for i, stage in enumerate(self.stages) if trunk.is_channels_last(stage.point)}
-        shapes = [_channels_first(shape) if i in self._channels_last else shape for i, shape in enumerate(shapes)]
+        shapes = [trunk.channels_first(stage.point, shape) for stage, shape in zip(self.stages, shapes, strict=True)]
         features = shapes[-1]
         if plan.check is not None:
             plan.check(
@@ -357,10 +355,6 @@ def _cut(backbone: Backbone, points: Sequence[str]) -> list[Stage]:
         ) from error
 
 
-def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[-1], *shape[:-1])
-
-
 def _within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
@@ -375,61 +369,3 @@ def _build_head(task: Task, features: tuple[int, ...]) -> nn.Module:
         raise PluginError(
             f"the head of task {task.name!r} cannot be built on features of shape {features}: {type(error).__name__}: {error}"
         ) from error
-
-
-def backbone_maker(plugin: Plugin, input_shape: tuple[int, ...], options: object) -> Callable[[], Backbone]:
-    """Calls a backbone plugin for one fresh network a time, and checks what it gives."""
-
-    def make() -> Backbone:
-        made = plugin.create(input_shape, options=options)  # type: ignore[arg-type]
-        if isinstance(made, nn.Module):
-            made = Backbone(made)
-        if not isinstance(made, Backbone):
-            raise PluginError(f"{plugin} must give an mtl.Backbone or an nn.Module; found {type(made).__name__}")
-        if any(is_lazy(p) for p in (*made.network.parameters(), *made.network.buffers())):
-            probe(
-                made.network, cut(made.network, ()), made.prepare(torch.zeros(2, *input_shape))
-            )  # lazy layers learn their sizes
-        return made
-
-    return make
-
-
-def _stride(before: int, after: int) -> float:
-    """The power of two that brings an extent to another, rounding either way; their ratio where none does."""
-    powers = (2**i for i in range(before.bit_length() + 1))
-    return next((s for s in powers if after in (before // s, -(-before // s))), before / after)
-
-
-def describe_backbone(plugin: Plugin, input_shape: tuple[int, ...], options: object = None) -> dict[str, Any]:
-    """Every legal layer point of a backbone, with channels, stride and shape at this input shape, and why others are not."""
-    made = backbone_maker(plugin, input_shape, options)()
-    x = made.prepare(torch.zeros(2, *input_shape))
-    outputs = module_outputs(made.network, x)
-    legal, illegal = legal_points(made.network)
-    features = probe(made.network, cut(made.network, ()), x)[-1]
-    modules = dict(made.network.named_modules())
-    points = []
-    for name in sorted(legal, key=list(outputs).index):
-        shape = outputs[name]
-        if isinstance(modules[name], nn.Identity):
-            illegal[name] = "it does nothing: it stands for a layer that was left out"
-            continue
-        if isinstance(shape, str):
-            illegal[name] = f"it gives {shape}, not one tensor (B, C, ...)"
-            continue
-        if made.is_channels_last(name):
-            shape = _channels_first(shape)
-        stride = _stride(x.shape[-1], shape[-1]) if len(shape) == x.ndim - 1 == 3 else None
-        points.append(
-            {"name": name, "channels": shape[0], "stride": stride, "shape": list(shape), "default": name in made.points}
-        )
-    return {
-        "name": plugin.name,
-        "input_shape": list(input_shape),
-        "resized_to": list(made.size) if made.size is not None else None,
-        "features": list(features),
-        "parameters": sum(p.numel() for p in made.network.parameters()),
-        "points": points,
-        "illegal": illegal,
-    }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mtl import figures
+from mtl import exchange_figures, figures
 from mtl.figures import Look
 from mtl.findings import FEW, WORSE, mean_score, signed, task_score
 
@@ -286,7 +286,7 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
         if last:
             yield Part(
                 heading=f"{name}: the units after training",
-                picture=figures.matrices(
+                picture=exchange_figures.matrices(
                     last, tasks, f"{name}: what each task receives from each other", ".3f", 0.1, identity=True
                 ),
                 caption="Weight of one task's features (column) in another's (row) after the last epoch, mean over channels"
@@ -295,14 +295,14 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
         if last and len(next(iter(seeds[0].values()))["epochs"]) > 2:
             yield Part(
                 heading=f"{name}: over training",
-                picture=figures.trajectories(seeds, tasks, f"{name}: what tasks receive from others over training"),
+                picture=exchange_figures.trajectories(seeds, tasks, f"{name}: what tasks receive from others over training"),
                 caption="Weights between different tasks, mean over channels: thin lines are seeds, thick ones their mean.",
             )
         curves = {point: mean_matrix([one["channels"][point] for one in exchanging]) for point in exchanging[0]["channels"]}
         if curves:
             yield Part(
                 heading=f"{name}: channel by channel",
-                picture=figures.channels(curves, tasks, f"{name}: weights of single channels in order of size"),
+                picture=exchange_figures.channels(curves, tasks, f"{name}: weights of single channels in order of size"),
                 caption="Weights between different tasks for each channel of the tested weights, put in order of size for each "
                 f"seed{', then averaged' if n > 1 else ''}. Chance alone makes such a curve rise a little; what counts is how "
                 "far its ends are apart.",
@@ -314,7 +314,7 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
             f"by so many points the receiving task's score on {SPLITS[exchanging[0]['split']]} data falls; where it rises, the "
             "number is negative. "
             "This is what the network has come to rely on, and not what it would lose if it were trained without.",
-            picture=figures.matrices(falls, tasks, f"{name}: fall of scores where a contribution is cut", ".2f", 1.0),
+            picture=exchange_figures.matrices(falls, tasks, f"{name}: fall of scores where a contribution is cut", ".2f", 1.0),
             caption=f"Points that the row's task loses without the column's features{over(n)}.",
         )
 

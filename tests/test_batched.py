@@ -32,7 +32,8 @@ from mtl.batchable import Gap, calm, reason_against
 from mtl.batched import Batched
 from mtl.config import RunConfig
 from mtl.execution import Execution, OneByOne, Segment
-from mtl.model import MultiTaskModel, backbone_maker
+from mtl.factory import backbone_maker
+from mtl.model import MultiTaskModel
 from mtl.optim import L2, OptimConfig, lay_out_gradients, make_optimizer
 from mtl.registry import BACKBONES
 from mtl.sharing import Sharing

@@ -14,7 +14,8 @@ import mtl
 from mtl.batched import Batched
 from mtl.config import RunConfig
 from mtl.execution import Execution, OneByOne
-from mtl.model import MultiTaskModel, backbone_maker
+from mtl.factory import backbone_maker
+from mtl.model import MultiTaskModel
 from mtl.registry import BACKBONES
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize

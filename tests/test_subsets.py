@@ -13,7 +13,8 @@ from torch import Tensor
 
 import mtl
 from mtl.batches import Feed
-from mtl.data import Portion, Samples, load_splits
+from mtl.data import Samples, load_splits
+from mtl.portions import Portion
 from mtl.subsets import how_many, stratified
 from mtl.task import make_task
 

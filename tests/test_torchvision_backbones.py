@@ -14,7 +14,7 @@ from torchvision.models import _api
 
 import mtl
 from mtl import build
-from mtl.model import backbone_maker, describe_backbone
+from mtl.factory import backbone_maker, describe_backbone
 from mtl.registry import BACKBONES
 from mtl.stages import cut, module_outputs
 from mtl.torchvision_backbones import FAMILIES, TorchvisionOptions, family_of
