@@ -19,6 +19,7 @@ from mtl.auto import autocast
 from mtl.build import input_shape, load_data, model_with_weights, reopened
 from mtl.config import RunConfig, load
 from mtl.data import Samples, Split
+from mtl.errors import RunError
 from mtl.evaluation import evaluate
 from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, Outputs
@@ -27,6 +28,8 @@ from mtl.sharing import Exchange
 from mtl.task import Task
 from mtl.writing import write_whole
 
+EXCHANGE = ("split", "falls", "channels")
+"""Keys of what is kept of a run's exchange."""
 QUANTILES = 65
 """Points of the curve of a unit's values per channel, in order of size."""
 
@@ -64,32 +67,54 @@ class Analyst:
 
     def __init__(self, folder: Path, device: str, root: Path | None = None, progress: Progress | None = None) -> None:
         self.folder, self.device, self.root, self.progress = folder, device, root, progress or Silent()
+        self.unreadable: dict[str, str] = {}
+        """Run -> why what it exchanges cannot be said."""
         self._loaded: tuple[str, dict[Split, dict[str, Samples]]] | None = None
 
     def ensemble(self, runs: Sequence[Path]) -> dict[str, Any]:
-        """{task: figures} on the test split of runs of the same tasks, averaged."""
+        """{task: figures} on the test split of runs of the same tasks, averaged.
+
+        Raises:
+            RunError: weights of one cannot be read.
+        """
         members = " ".join(run.name for run in runs)
         name = f"ensemble-{sha256(members.encode()).hexdigest()[:12]}"
-        return self._kept(name, lambda: self._ensemble(runs))
+        tasks = [task.name for task in load(runs[0] / "config.yaml").tasks]
+        return self._kept(name, tasks, lambda: self._ensemble(runs))
 
-    def exchange(self, run: Path) -> dict[str, Any] | None:
+    def has_exchange(self, run: Path) -> bool:
+        """Whether what a run exchanges is on disk."""
+        return self._read(run.name, EXCHANGE) is not None
+
+    def exchange(self, run: Path, label: str = "") -> dict[str, Any] | None:
         """Of a run's exchange units, by layer point: `coupling` over epochs and `channels` in order of size, of units that have
-        them, and `falls`, the ablation on validation data (test data where there are none); None where nothing is exchanged.
+        them, and `falls`, the ablation on validation data (test data where there are none); None where there are no units, or
+        where the run's weights cannot be read, which `unreadable` then says. `label` is what to call the run meanwhile.
         """
         if not isinstance(load(run / "config.yaml").sharing, Exchange):
             return None
-        return {"coupling": trajectory(run), **self._kept(run.name, lambda: self._exchange(run))}
+        try:
+            kept = self._kept(run.name, EXCHANGE, lambda: self._exchange(run, label or run.name))
+        except RunError as error:  # its scores stand in its result.json
+            self.unreadable[run.name] = str(error)
+            return None
+        return {"coupling": trajectory(run), **kept}
 
-    def _kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.folder / f"{name}.json"
-        with suppress(OSError, ValueError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(kept, dict) and kept:
-                return kept
+    def _kept(self, name: str, keys: Sequence[str], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if (kept := self._read(name, keys)) is not None:
+            return kept
         found = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(found) + "\n")
+        write_whole(self.folder / f"{name}.json", json.dumps(found) + "\n")
         return found
+
+    def _read(self, name: str, keys: Sequence[str]) -> dict[str, Any] | None:
+        """What is kept under a name; None where nothing is, or something else."""
+        with suppress(OSError, ValueError):
+            kept = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            if isinstance(kept, dict) and set(keys) <= kept.keys():
+                return kept
+        return None
 
     def _samples(self, config: RunConfig, tasks: Sequence[Task]) -> dict[Split, dict[str, Samples]]:
         """Validation and test samples; those of the last call are at hand."""
@@ -107,20 +132,34 @@ class Analyst:
         with memory_kept():
             return evaluate(Averaged(models), samples, 2 * config.batch_size, autocast(config))
 
-    def _exchange(self, run: Path) -> dict[str, Any]:
+    def _exchange(self, run: Path, label: str) -> dict[str, Any]:
         config, tasks = reopened(run, self.device, self.root)
         samples = self._samples(config, tasks)
         split = Split.VAL if samples[Split.VAL] else Split.TEST
         model = model_with_weights(run, config, tasks, input_shape(samples[split]))
-        with memory_kept():
-            falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config), self.progress, run.name)
+        weights = {point: unit.channels() for point, unit in model.exchange().items()}
+        if all(values is not None and receives_nothing(values) for values in weights.values()):
+            falls = nothing_falls(list(weights), len(tasks))
+        else:
+            with memory_kept():
+                falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config), self.progress, label)
         channels = {}
-        for point, unit in model.exchange().items():
-            if (values := unit.channels()) is not None:
+        for point, values in weights.items():
+            if values is not None:
                 at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
                 curve = values.detach().cpu().double().quantile(at, dim=2)  # (Q, T, T)
                 channels[point] = curve.permute(1, 2, 0).tolist()
         return {"split": split, "falls": falls, "channels": channels}
+
+
+def receives_nothing(weights: Tensor) -> bool:
+    """Whether (T, T, C) weights are zero between different tasks."""
+    return not weights[~torch.eye(len(weights), dtype=torch.bool, device=weights.device)].any()
+
+
+def nothing_falls(points: Sequence[str], tasks: int) -> dict[str, list[list[float | None]]]:
+    """What `ablate` finds where no task receives anything, without its passes over the data."""
+    return {point: [[None if t == s else 0.0 for s in range(tasks)] for t in range(tasks)] for point in points}
 
 
 def trajectory(run: Path) -> dict[str, dict[str, list[Any]]]:

@@ -24,6 +24,8 @@ from mtl.seeding import derive_seed
 from mtl.sharing import STRUCTURAL, Exchange, SplitAt, kinds
 from mtl.strict_yaml import PlainDumper, parsed, read_text
 
+SECTIONS = ("backbone", "sharing", "balancer", "data", "optim", "checkpoints")
+"""Keys of a config under which others lie."""
 SINGLE_TASK = "single_task"
 """The baseline of every measure of transfer, and what `init_from=single_task` starts from."""
 
@@ -229,7 +231,7 @@ def arms_of(given: Sequence[str | Mapping[str, Any]], base: RunConfig, points: S
 
     Args:
         given: names (see `named`), `NAME:key=value key=value`, or mappings {name: overrides}, these as such text, as a list of
-            `key=value`, or as a mapping of dotted keys.
+            `key=value`, or as a mapping of keys, dotted or in sections.
 
     Raises:
         ConfigError: every description that means nothing, and names given twice.
@@ -343,10 +345,23 @@ def _as_overrides(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return words(name, value)
     if isinstance(value, Mapping):
-        return [f"{key}={_as_yaml(one)}" for key, one in value.items()]
+        return [f"{key}={_as_yaml(one)}" for key, one in _in_sections(value).items()]
     if isinstance(value, Sequence) and all(isinstance(one, str) for one in value):
         return list(value)
     raise ConfigError([f"arm {name!r}: its overrides are text, a list of key=value, or a mapping; found {value!r}"])
+
+
+def _in_sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a config's sections, dotted: a mapping under `optim` changes what it names, and leaves the rest of `optim`. What
+    a section is named by comes first, since setting it may begin the section anew.
+    """
+    found: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            found |= {f"{key}.{sub}": value[sub] for sub in sorted(value, key=lambda sub: sub not in ("kind", "name"))}
+        else:
+            found[key] = value
+    return found
 
 
 def _as_yaml(value: Any) -> str:

@@ -88,8 +88,8 @@ def weights_file(run_dir: Path, weights: str = "best") -> Path:
                 warnings.warn(f"{str(run_dir)!r}: {'; '.join(wrong)}; {folder.name} is used", stacklevel=2)
             return folder / file
         wrong += [f"{folder.name}: {fault}" for fault in found]
-    damaged = f"; damaged: {'; '.join(wrong)}" if wrong else ""
-    raise RunError(f"no {weights} weights in {str(run_dir)!r}: the run has not finished its first epoch{damaged}")
+    why = f"all are damaged: {'; '.join(wrong)}" if wrong else "the run has not finished its first epoch"
+    raise RunError(f"no {weights} weights in {str(run_dir)!r}: {why}")
 
 
 def read_weights_file(run_dir: Path, weights: str, read: Callable[[Path], T]) -> T:

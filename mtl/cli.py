@@ -67,7 +67,7 @@ def train(
         Path | None, typer.Option(metavar="RUN", help="Go on with the run in this directory, where it was cut.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build, take one step, print shapes and costs, leave no files.")
+        bool, typer.Option("--dry-run", help="Build, take one step, print shapes and costs; leave no run.")
     ] = False,
     as_json: AsJson = False,
     plugin: Plugins = None,
@@ -135,9 +135,7 @@ def compare(
         typer.Option(metavar="DIR", help="Where everything goes, and what is there is used again. Default: under runs/."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be trained and its cost, and leave no files.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be trained and its cost; train nothing.")] = False,
     as_json: AsJson = False,
     plugin: Plugins = None,
 ) -> None:
@@ -161,7 +159,7 @@ def compare(
         directory = out if out is not None else default_directory(loaded, Path(config).stem)
         count = chosen[0] if "," not in seeds else chosen
         if dry_run:
-            show(comparison.plan(loaded, wanted, count, shares, directory), as_json)
+            show(comparison.plan(loaded, wanted, count, shares, reference, directory, jobs), as_json)
             return
         found = comparison.compare(
             loaded,

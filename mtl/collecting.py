@@ -13,12 +13,14 @@ from mtl.analysis import Analyst, curves
 from mtl.arms import SINGLE_TASK, Arm, Piece, Setting
 from mtl.config import RunConfig
 from mtl.data import Split
+from mtl.errors import RunError
 from mtl.findings import tell
 from mtl.jobs import finished
 from mtl.metrics import relative_of
 from mtl.progress import Progress
 from mtl.rundir import DISTRIBUTION, environment
 from mtl.sampling import Mixing
+from mtl.sharing import Exchange
 from mtl.survey import parameters_and_flops, survey
 
 FORMAT = 1
@@ -33,6 +35,10 @@ class Cell:
     fraction: float
     seed: int
     pieces: tuple[Piece, ...]
+
+    def where(self, shares: bool) -> str:
+        """To be said after its arm: the seed, and where there are several the share of the data."""
+        return f", {100 * self.fraction:g} %" * shares + f", seed {self.seed}"
 
 
 class Facts:
@@ -90,13 +96,21 @@ def collect(
     analyst = Analyst(directory / "analysis", facts.base.device, facts.base.data.root, progress)
     runs = directory / "runs"
     rows, lost = [], []
+    shares = len({cell.fraction for cell in cells}) > 1
+    labels: dict[str, str] = {}  # of what takes long
+    for cell in cells:
+        if (name := exchanged_in(cell)) is not None and name not in failed and not analyst.has_exchange(runs / name):
+            labels.setdefault(name, f"{cell.arm.name}{cell.where(shares)}")
+    if labels:
+        progress.line(f"all is trained; now what exchange is worth, in {len(labels)} runs, then the report")
+    labels = {name: f"{label} ({i} of {len(labels)})" for i, (name, label) in enumerate(labels.items(), start=1)}
     for i, cell in enumerate(cells, start=1):
         why = next((failed[piece.name] for piece in cell.pieces if piece.name in failed), None)
         where = {"arm": cell.arm.name, "fraction": cell.fraction, "seed": cell.seed}
         if why is not None:
             lost.append({**where, "why": why})
             continue
-        rows.append({**where, **figures_of(cell, facts, runs, analyst)})
+        rows.append({**where, **figures_of(cell, facts, runs, analyst, labels)})
         if progress.due():
             progress.line(f"read {i} of {len(cells)} results")
             progress.shown()
@@ -125,6 +139,7 @@ def collect(
         "labelled": {f"{fraction:g}": facts.survey(fraction).labelled for fraction in fractions},
         "cells": rows,
         "failed": lost,
+        "unreadable": analyst.unreadable,
     }
     return {**results, "findings": tell(results)}
 
@@ -164,8 +179,14 @@ def noted_of(run: Path) -> dict[str, Any] | None:
     return said if isinstance(said, dict) and all(key in said for key in ("device_name", "threads", "versions")) else None
 
 
-def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[str, Any]:
-    """A cell's test figures, cost, learning curves, and what its exchange did."""
+def exchanged_in(cell: Cell) -> str | None:
+    """The run in which a cell's tasks exchange; None where none do."""
+    piece = cell.pieces[0]
+    return piece.name if len(cell.pieces) == 1 and isinstance(piece.config.sharing, Exchange) else None
+
+
+def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst, labels: Mapping[str, str]) -> dict[str, Any]:
+    """A cell's test figures, cost, learning curves, and what its exchange did; `labels` are what to call runs meanwhile."""
     test: dict[str, Any] = {}
     learned: dict[str, Any] = {}
     for task in facts.tasks:
@@ -176,8 +197,12 @@ def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst) -> dict[s
             test[task.name] = said[0]["test"][task.name]  # type: ignore[index]
             learned[task.name] = curves(runs / having[0].name).get(task.name, {}).get(task.score_name, [])
         else:
-            test[task.name] = analyst.ensemble([runs / piece.name for piece in having])[task.name]
-    exchange = analyst.exchange(runs / cell.pieces[0].name) if len(cell.pieces) == 1 else None
+            try:
+                test[task.name] = analyst.ensemble([runs / piece.name for piece in having])[task.name]
+            except RunError as error:
+                raise RunError(f"{error}; move that run's folder away, and the same again trains it anew") from None
+    name = exchanged_in(cell)
+    exchange = analyst.exchange(runs / name, labels.get(name, name)) if name is not None else None
     return {
         "runs": [piece.name for piece in cell.pieces],
         "starts": sorted({source.name for piece in cell.pieces for source in piece.starts.values()}),

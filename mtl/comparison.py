@@ -84,7 +84,11 @@ def compare(
         with writing(directory):
             write_whole(directory / NOTE, note)
         failed = train_pieces(cells, directory / "runs", jobs, [Path(one) for one in plugins], progress)
-        results = collect(cells, facts, directory, chosen, failed, progress)
+        try:
+            results = collect(cells, facts, directory, chosen, failed, progress)
+        except (KeyboardInterrupt, SystemExit):
+            progress.line(f"interrupted: all is trained, in {directory / 'runs'}; the same command reads the rest and reports")
+            raise
         with writing(directory):
             write_whole(directory / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
             report.write(results, directory)
@@ -97,14 +101,19 @@ def plan(
     arms: Sequence[str | Mapping[str, Any]] | None = None,
     seeds: int | Sequence[int] = 3,
     fractions: Sequence[float] | None = None,
+    reference: str | None = None,
     out: str | Path | None = None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
-    """What `compare` would train: how many runs, how many of them are there already, and of each arm its runs and its cost."""
+    """What `compare` would train: how many runs, how many of them are there already, what they take on disk at most, and of
+    each arm its runs and its cost.
+    """
     check_call(config, arms)
-    seeds, fractions = wanted(config, seeds, fractions, 1)
+    seeds, fractions = wanted(config, seeds, fractions, jobs)
     directory = Path(out) if out is not None else default_directory(config)
     facts = Facts(begun(directory, config)[0] if directory.is_dir() else resolved(config))
     made = arms_of(default_arms(config) if arms is None else arms, facts.base, facts.setting.points)
+    chosen = reference_of(reference, [arm.name for arm in made])
     cells = cells_of(made, fractions, seeds, facts)
     pieces = {piece.name: piece for cell in cells for of in cell.pieces for piece in (of, *of.starts.values())}
     there = sum(finished(directory / "runs" / name) is not None for name in pieces)
@@ -122,16 +131,25 @@ def plan(
         "directory": str(directory),
         "runs": len(pieces),
         "finished": there,
+        "reference": chosen,
+        "bytes_at_most": sum(checkpoint_bytes(piece.config, facts) for piece in pieces.values()),
         "steps_per_epoch": {f"{fraction:g}": facts.survey(fraction).epoch_steps for fraction in fractions},
         "epochs": config.epochs,
         "arms": described,
     }
 
 
+def checkpoint_bytes(config: RunConfig, facts: Facts) -> int:
+    """What a finished run keeps: of every parameter its value, the best one, and an optimizer's two averages, in float32."""
+    return 16 * facts.cost(config)[0] * config.checkpoints.keep
+
+
 def wanted(
     config: RunConfig, seeds: int | Sequence[int], fractions: Sequence[float] | None, jobs: int
 ) -> tuple[list[int], list[float]]:
     """Which seeds and shares, checked."""
+    if isinstance(seeds, int) and seeds < 1:
+        raise ConfigError([f"seeds: how many, from 1 on, or which; found {seeds}"], source="compare")
     which = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     shares = [config.data.fraction] if fractions is None else sorted(fractions)
     check_plan(which, shares, jobs)
@@ -262,11 +280,10 @@ def train_pieces(
     pieces: dict[str, Piece] = {}
     labels: dict[str, str] = {}
     for cell in cells:
-        where = f", {100 * cell.fraction:g} %" * shares + f", seed {cell.seed}"
         for piece in (*cell.pieces, *(source for of in cell.pieces for source in of.starts.values())):
             pieces.setdefault(piece.name, piece)
             task = f" {piece.tasks[0]}" if len(cell.pieces) > 1 else ""
-            labels.setdefault(piece.name, f"{cell.arm.name}{task}{where}")
+            labels.setdefault(piece.name, f"{cell.arm.name}{task}{cell.where(shares)}")
     first = {name: piece for name, piece in pieces.items() if not piece.starts}
     then = {name: piece for name, piece in pieces.items() if piece.starts}
     tally = Tally(len(pieces), progress)

@@ -101,6 +101,7 @@ def compared(
     the seeds that both have.
 
     Each has an estimate and
+        raw_p: of this difference alone.
         p: of the mean corrected (Holm) over arms and shares, of a task over tasks.
         verdict: what that p allows to say.
         overall_p: of a task, corrected over tasks, arms and shares, for claims that are picked from all of them.
@@ -121,15 +122,15 @@ def compared(
     for key, of in pairs.items():
         of_tasks = holm([raw[key][task] for task in tasks])
         said = {
-            task: {**_difference(of[task], p, len(tasks)), "overall_p": next(overall)}
+            task: {**_difference(of[task], raw[key][task], p, len(tasks)), "overall_p": next(overall)}
             for task, p in zip(tasks, of_tasks, strict=True)
         }
         i, name = key
-        found[i][name] = {**said, "mean": _difference(of["mean"], of_means[key], len(pairs))}
+        found[i][name] = {**said, "mean": _difference(of["mean"], raw[key]["mean"], of_means[key], len(pairs))}
     return found
 
 
-def _difference(d: Sequence[float], p: float, comparisons: int) -> dict[str, Any]:
+def _difference(d: Sequence[float], raw_p: float, p: float, comparisons: int) -> dict[str, Any]:
     found = estimate(d)
     if found.n < seeds_needed(comparisons):
         verdict = FEW
@@ -137,7 +138,7 @@ def _difference(d: Sequence[float], p: float, comparisons: int) -> dict[str, Any
         verdict = OPEN
     else:
         verdict = BETTER if found.mean > 0 else WORSE
-    return {**asdict(found), "p": p, "verdict": verdict}
+    return {**asdict(found), "raw_p": raw_p, "p": p, "verdict": verdict}
 
 
 def _relative(cells: Cells, baselines: Cells, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -171,6 +172,7 @@ def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float)
     else:
         parts.append(_on_average(said, reference, len(results["fractions"])))
         parts += _task_by_task(said)
+        parts += _unequal_steps(results, fraction)
     for name in names:
         lost = [one for one in results["failed"] if one["arm"] == name and one["fraction"] == fraction]
         if lost and name not in arms:
@@ -226,6 +228,17 @@ def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
         parts = [*parts[: 2 * AT_LENGTH], f"and {len(parts) - 2 * AT_LENGTH} more below"]
     if parts:
         yield f"Task by task: {'; '.join(parts)}."
+
+
+def _unequal_steps(results: Mapping[str, Any], fraction: float) -> Iterator[str]:
+    """Which arm took how many optimizer steps, where they are not the same for all."""
+    taken: dict[str, set[int]] = {}
+    for cell in results["cells"]:
+        if cell["fraction"] == fraction:
+            taken.setdefault(cell["arm"], set()).update(cell["steps"].values())
+    if len(set().union(*taken.values())) > 1:
+        each = ", ".join(f"{arm} {' to '.join(f'{n:,}' for n in sorted({min(of), max(of)}))}" for arm, of in taken.items())
+        yield f"Not all trained for equally many optimizer steps ({each}), and differences are also of that."
 
 
 def points(d: Mapping[str, Any]) -> str:

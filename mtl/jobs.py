@@ -24,7 +24,7 @@ import torch
 from mtl.analysis import whole_rows
 from mtl.build import train
 from mtl.config import RunConfig, from_tree
-from mtl.errors import DivergedError, NoCheckpointError, RunError
+from mtl.errors import ConfigError, DivergedError, MTLError, NoCheckpointError, RunError
 from mtl.hardware import usable_cores
 from mtl.locking import Lock, is_own
 from mtl.progress import Progress, Silent
@@ -84,6 +84,13 @@ class Tally:
         """Say something of a run."""
         self.progress.line(f"[{min(self.done + 1, self.total)}/{self.total}] {job.label}{text}")
 
+    def kept(self, job: Job) -> str:
+        """What to say where a run ends in an error that nobody foresaw, a plugin's perhaps."""
+        return (
+            f"while training {job.label}, in {job.directory}; {self.done} of {self.total} runs are finished and kept, and the "
+            "same again goes on"
+        )
+
     def count(self, job: Job, why: str | None, seconds: float) -> None:
         """A run is done, or failed."""
         self._trained += 1
@@ -138,7 +145,14 @@ def _one_by_one(left: Sequence[Job], tally: Tally) -> dict[Path, str]:
     for job in left:
         tally.line(job, f" ({job.directory.name})")
         started = time.monotonic()
-        if (why := _train(job, tally.progress)) is not None:
+        try:
+            why = _train(job, tally.progress)
+        except MTLError:
+            raise
+        except Exception as error:
+            error.add_note(tally.kept(job))
+            raise
+        if why is not None:
             failed[job.directory] = why
         tally.count(job, why, time.monotonic() - started)
     return failed
@@ -210,7 +224,14 @@ def _end_with_parent() -> None:
 def _work(tree: dict[str, Any], directory: Path, workers: int) -> tuple[str | None, float]:
     """Train in a process of its own. Returns why it failed, if it did, and the seconds that it took."""
     started = time.monotonic()
-    config = from_tree(tree)
+    try:
+        config = from_tree(tree)
+    except ConfigError as error:  # which held in the process that asks
+        raise RunError(
+            f"a training process does not know what this one knows: {'; '.join(error.problems)}; it imports installed plugins, "
+            "the files given as plugins (--plugin), and the script that calls mtl.compare, and nothing typed into an "
+            "interactive session: register it in a file, or use jobs=1"
+        ) from None
     decoders = min(workers, config.data.workers) if isinstance(config.data.workers, int) else workers
     config = config.replaced(device=_device, data=config.data.model_copy(update={"workers": decoders}))
     try:
@@ -241,7 +262,14 @@ def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: 
                 begun = [job for future, job in futures.items() if future in waiting][:at_once]  # they begin in this order
                 tally.progress.line("under way: " + "; ".join(f"{job.label}, epoch {_epoch(job)}" for job in begun))
             for future in done:
-                why, seconds = future.result()
+                try:
+                    why, seconds = future.result()
+                except MTLError as error:
+                    error.__cause__ = None  # the traceback of the process that trained
+                    raise
+                except Exception as error:
+                    error.add_note(tally.kept(futures[future]))
+                    raise
                 tally.count(futures[future], why, seconds)
                 if why is not None:
                     failed[futures[future].directory] = why

@@ -176,6 +176,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             for (arm, fraction), seeds in lost.items()
         )
         found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed ({each}); the report says why.")
+    for run, why in results.get("unreadable", {}).items():
+        found.append(f"What {run} exchanges is not shown: {why}; move its folder away, and the same again trains it anew.")
     for dataset, counts in results.get("set_aside", {}).items():  # which results of an earlier version do not hold
         each = "; ".join(f"{count:,} {why}" for why, count in counts.items())
         found.append(f"Of dataset {dataset} were set aside: {each} (the most in one run); a run's set_aside.csv lists them.")

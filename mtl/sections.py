@@ -130,7 +130,7 @@ def summary(results: Mapping[str, Any], said: Mapping[str, Any]) -> Table:
     scores = {about["score"] for about in tasks.values()}
     named = list(tasks) if len(scores) == 1 else [f"{task}: {about['score']}" for task, about in tasks.items()]
     what = f"test {scores.pop()}" if len(scores) == 1 else "test score"
-    head = [what + share, "seeds", "mean of tasks", *named, f"points over {results['reference']}", "p"]
+    head = [what + share, "seeds", "mean of tasks", *named, f"points over {results['reference']}", "p (Holm)"]
     rows = []
     for name, of in said["arms"].items():
         d = of.get("difference", {}).get("mean")
@@ -170,7 +170,7 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
     )
     compared = {name: of["difference"] for name, of in said["arms"].items() if of.get("difference")}
     if compared:
-        head = ["arm", "pairs", "of", "points", "p", "it is"]
+        head = ["arm", "pairs", "score", "points", "p (Holm)", "verdict"]
         rows = [
             [name * (what == "mean"), str(d[what]["n"]), label, in_points(d[what]), p_value(d[what]), d[what]["verdict"]]
             for name, d in compared.items()
@@ -215,17 +215,18 @@ def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Lo
 
 def curves_caption(curves: Mapping[str, Mapping[str, Any]]) -> str:
     """What the lines are, and the bands where there are any."""
-    banded = figures.has_bands(max(map(len, curves.values())))
+    seeds = max(len(of_arm) for of_task in curves.values() for of_arm in of_task.values())
+    banded = seeds > 1 and figures.has_bands(max(map(len, curves.values())))
     return f"{CURVES}{'; the bands reach from the lowest to the highest seed' * banded}."
 
 
 def learning(results: Mapping[str, Any], fraction: float) -> dict[str, dict[str, list[list[float]]]]:
-    """Task -> arm -> validation scores after each epoch, a list per seed; empty where there are none."""
+    """Task -> arm -> validation scores after each epoch, a list per seed; empty where there are none, or of one epoch only."""
     found: dict[str, dict[str, list[list[float]]]] = {task: {} for task in results["tasks"]}
     for cell in results["cells"]:
         if cell["fraction"] == fraction:
             for task, values in cell["curves"].items():
-                if values and None not in values:
+                if len(values) > 1 and None not in values:
                     found[task].setdefault(cell["arm"], []).append(values)
     return found if any(found.values()) else {}
 
@@ -281,6 +282,10 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
         if not exchanging:
             continue
         name, n = arm["name"], len(exchanging)
+        curves = {point: mean_matrix([one["channels"][point] for one in exchanging]) for point in exchanging[0]["channels"]}
+        if curves and not any(weight for values in curves.values() for weight in between_tasks(values)):
+            yield Part(heading=name, text="Nothing is exchanged: all weights between different tasks are zero.")
+            continue
         seeds = [one["coupling"] for one in exchanging if one["coupling"]]
         last = {point: mean_matrix([one[point]["coupling"][-1] for one in seeds]) for point in (seeds or [{}])[0]}
         if last:
@@ -298,7 +303,6 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
                 picture=exchange_figures.trajectories(seeds, tasks, f"{name}: what tasks receive from others over training"),
                 caption="Weights between different tasks, mean over channels: thin lines are seeds, thick ones their mean.",
             )
-        curves = {point: mean_matrix([one["channels"][point] for one in exchanging]) for point in exchanging[0]["channels"]}
         if curves:
             yield Part(
                 heading=f"{name}: channel by channel",
@@ -317,6 +321,11 @@ def exchange_parts(results: Mapping[str, Any], fraction: float) -> Iterator[Part
             picture=exchange_figures.matrices(falls, tasks, f"{name}: fall of scores where a contribution is cut", ".2f", 1.0),
             caption=f"Points that the row's task loses without the column's features{over(n)}.",
         )
+
+
+def between_tasks(values: Sequence[Sequence[Sequence[float]]]) -> Iterator[float]:
+    """Of (T, T, Q) weights those between different tasks."""
+    return (weight for t, row in enumerate(values) for s, of in enumerate(row) if s != t for weight in of)
 
 
 SPLITS = {"val": "validation", "test": "test"}

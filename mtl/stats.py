@@ -86,7 +86,12 @@ def holm(p: Sequence[float]) -> list[float]:
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
+
+    Raises:
+        ValueError: one that is not from 0 to 1.
     """
+    if wrong := [one for one in p if not 0 <= one <= 1]:
+        raise ValueError(f"takes p-values, from 0 to 1; found {wrong[0]!r}")
     order = sorted(range(len(p)), key=lambda i: p[i])
     corrected, floor = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -122,8 +127,13 @@ def delta_m(values: ArrayLike, baselines: ArrayLike, higher_is_better: Sequence[
     (100 / T) sum_t (-1)^[lower is better] (M_t - B_t) / |B_t| (Vandenhende et al. 2021, arXiv 2004.13379, section 4.1.2; the
     absolute value is ours, for metrics that can be negative). None where a baseline is zero, of which there is no relative
     change.
+
+    Raises:
+        ValueError: not as many of each, none, or one that is not finite.
     """
-    m, b = np.asarray(values, float), np.asarray(baselines, float)
+    m, b = _checked(values), _checked(baselines)
+    if not len(m) == len(b) == len(higher_is_better):
+        raise ValueError(f"takes as many values as baselines and directions; found {len(m)}, {len(b)}, {len(higher_is_better)}")
     if (b == 0).any():
         return None
     sign = np.where(higher_is_better, 1.0, -1.0)

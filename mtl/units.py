@@ -41,7 +41,9 @@ class ExchangeUnit(nn.Module, ABC):
         return None
 
     def channels(self) -> Tensor | None:
-        """The same for each channel, (T, T, C), for reports; None where there is no such thing."""
+        """The same for each channel, (T, T, C), for reports; None where there is no such thing. A zero says that nothing at all
+        is received.
+        """
         return None
 
     @property

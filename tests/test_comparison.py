@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import mtl
 from benchmarks import comparisons
-from mtl import comparison, figures, jobs, keeping, trainer
+from mtl import ablation, analysis, comparison, figures, jobs, keeping, trainer
 from mtl.ablation import WithCut
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
@@ -110,6 +110,7 @@ def test_a_warm_start_is_from_the_single_task_runs_of_the_same_seed(setting: Set
         "wide:backbone.width=0.2 epochs=1",
         {"wide": ["backbone.width=0.2", "epochs=1"]},
         {"wide": {"backbone.width": 0.2, "epochs": 1}},
+        {"wide": {"backbone": {"width": 0.2, "name": "small_cnn"}, "epochs": 1}},
     ],
 )
 def test_an_arm_of_ones_own(given: Any, setting: Setting) -> None:
@@ -118,6 +119,15 @@ def test_an_arm_of_ones_own(given: Any, setting: Setting) -> None:
     assert (arm.name, piece.config.epochs) == ("wide", 1)
     assert piece.config.backbone.options is not None
     assert piece.config.backbone.options.model_dump()["width"] == 0.2
+
+
+def test_a_section_of_an_arm_of_ones_own_keeps_what_it_does_not_name(setting: Setting) -> None:
+    changed = setting.base.replaced(optim=setting.base.optim.model_copy(update={"lr": 0.3}))
+    given = {"optim": {"l2": 0.1}, "sharing": {"init": "identity", "kind": "cross_stitch"}}
+    [arm] = arms_of([{"a": given}], changed, ())
+    assert arm.about == "the config with optim.l2=0.1 sharing.kind=cross_stitch sharing.init=identity"
+    [piece] = arm.pieces(replace(setting, base=changed), 1.0, 0)
+    assert (piece.config.optim.lr, piece.config.optim.l2) == (0.3, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +354,7 @@ def test_a_directory_of_another_comparison_is_refused_with_what_differs(base: Ru
     ("given", "message"),
     [
         ({"seeds": 0}, "seeds: how many"),
+        ({"seeds": -1}, "seeds: how many, from 1 on, or which; found -1"),
         ({"seeds": [1, 1]}, "seeds: how many"),
         ({"fractions": [0.5, 0]}, "fractions: shares above 0"),
         ({"fractions": [0.3333333, 0.33333334]}, "fractions: .* different in six digits"),
@@ -354,6 +365,8 @@ def test_a_directory_of_another_comparison_is_refused_with_what_differs(base: Ru
 def test_plans_that_mean_nothing(given: dict[str, Any], message: str, base: RunConfig, in_tmp: Path) -> None:
     with pytest.raises(mtl.ConfigError, match=message):
         mtl.compare(base, ["unshared"], **{"seeds": 1, "out": "x", **given})
+    with pytest.raises(mtl.ConfigError, match=message):
+        comparison.plan(base, ["unshared"], **{"seeds": 1, "out": "x", **given})
     assert not Path("x/runs").exists()
 
 
@@ -560,7 +573,7 @@ def test_a_call_with_the_wrong_things(base: RunConfig) -> None:
 # What is said
 
 
-def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path) -> None:
+def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = mtl.compare(base, ["unshared", "cross_stitch_frozen"], 2, out="one")
     said = found.results["findings"][0]["arms"]["cross_stitch_frozen"]
     assert said["difference"]["mean"]["mean"] == 0.0
@@ -569,6 +582,80 @@ def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path) -> None:
         if cell["arm"] == "cross_stitch_frozen":
             assert cell["exchange"]["falls"] == {point: [[None, 0.0], [0.0, None]] for point in ("pool1", "pool2", "fc3")}
             assert all(matrix == [[1, 0], [0, 1]] for matrix in cell["exchange"]["coupling"]["fc3"]["coupling"])
+    assert "Nothing is exchanged: all weights between different tasks are zero." in Path("one/report.html").read_text()
+    shutil.rmtree("one/analysis")
+    monkeypatch.setattr(analysis, "receives_nothing", lambda weights: False)
+    passes: list[str] = []
+    monkeypatch.setattr("mtl.ablation.cut", noting(passes, ablation.cut))
+    again = mtl.compare(base, ["unshared", "cross_stitch_frozen"], 2, out="one")  # by passes over the data, zero as well
+    assert passes == ["pool1", "pool1", "pool2", "pool2", "fc3", "fc3"] * 2
+    assert again.results["cells"] == found.results["cells"]
+
+
+def noting(points: list[str], cut: Callable[..., Any]) -> Callable[..., Any]:
+    """As `cut`, and the point is put down."""
+
+    def noted(model: mtl.MultiTaskModel, point: str, to: int, source: int) -> Any:
+        points.append(point)
+        return cut(model, point, to, source)
+
+    return noted
+
+
+def test_whose_weights_are_damaged_keeps_its_scores(base: RunConfig, in_tmp: Path) -> None:
+    arms = ["cross_stitch", "unshared"]
+    found = mtl.compare(base, arms, 1, out="one")
+    [name] = found.results["cells"][0]["runs"]
+    for file in Path("one/runs", name).rglob("*.safetensors"):
+        os.truncate(file, 1000)
+    for file in Path("one/analysis").glob("*.json"):
+        file.write_text('{"x": 1}')  # no figures either
+    again = mtl.compare(base, arms, 1, out="one")
+    assert [cell["test"] for cell in again.results["cells"]] == [cell["test"] for cell in found.results["cells"]]
+    assert again.results["cells"][0]["exchange"] is None
+    assert f"What {name} exchanges is not shown: no best weights in" in Path("one/report.md").read_text()
+    shutil.rmtree(Path("one/runs", name))
+    assert mtl.compare(base, arms, 1, out="one").results["cells"][0]["exchange"] == found.results["cells"][0]["exchange"]
+
+
+def test_an_ensemble_whose_weights_are_damaged_says_what_to_do(base: RunConfig, in_tmp: Path) -> None:
+    found = mtl.compare(base, ["ensemble"], 1, out="one")
+    for file in Path("one/runs", found.results["cells"][0]["runs"][0]).rglob("*.safetensors"):
+        os.truncate(file, 1000)
+    shutil.rmtree("one/analysis")
+    with pytest.raises(mtl.RunError, match="move that run's folder away, and the same again trains it anew"):
+        mtl.compare(base, ["ensemble"], 1, out="one")
+
+
+def test_a_stop_after_training_says_so(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtl.analysis.ablate", stopped)
+    lines = Lines()
+    with pytest.raises(KeyboardInterrupt):
+        mtl.compare(base, ["cross_stitch"], 1, out="one", progress=lines)
+    assert any(line.startswith("all is trained; now what exchange is worth, in 1 runs") for line in lines.lines)
+    assert lines.lines[-1].startswith("interrupted: all is trained, in one/runs; the same command reads the rest and reports")
+
+
+def test_an_error_that_nobody_foresaw_says_in_which_run(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    mtl.compare(base, ["unshared"], 1, out="one")
+    monkeypatch.setattr(jobs, "train", broken)
+    with pytest.raises(ZeroDivisionError) as found:
+        mtl.compare(base, ["unshared"], 2, out="one")
+    [note] = found.value.__notes__
+    assert re.match(
+        r"while training unshared, seed 1, in one/runs/unshared-seed1-\w+; 1 of 2 runs are finished and kept,", note
+    )
+
+
+def test_a_process_that_knows_less_says_what_it_imports(tmp_path: Path) -> None:
+    with pytest.raises(mtl.RunError, match=r"does not know what this one knows: .*unknown task 'nobody'.*nothing typed into"):
+        jobs._work({"tasks": ["nobody"]}, tmp_path, 1)
 
 
 class Sum(mtl.ExchangeUnit):
@@ -660,7 +747,14 @@ def results_of(scores: dict[str, list[float]], tasks: int = 1, fractions: tuple[
         "fractions": list(fractions),
         "failed": [],
         "cells": [
-            {"arm": name, "seed": seed, "fraction": at, "cost": cost, "test": {t: {"accuracy": value} for t in names}}
+            {
+                "arm": name,
+                "seed": seed,
+                "fraction": at,
+                "cost": cost,
+                "steps": {"t0": 100},
+                "test": {t: {"accuracy": value} for t in names},
+            }
             for at in fractions
             for name, values in scores.items()
             for seed, value in enumerate(values)
@@ -698,6 +792,19 @@ def test_the_answer_says_where_it_hurts() -> None:
             cell["test"] = {"t0": {"accuracy": 0.555 + noise}, "t1": {"accuracy": 0.45 - noise}}
     [said] = tell(results)
     assert said["answer"].endswith("Task by task: x is better on t0 (+5.59); x is worse on t1 (-5.09).")
+
+
+def test_the_answer_says_who_trained_for_longer() -> None:
+    results = results_of({"unshared": [0.5] * 8, "a": [0.6] * 8, "b": [0.5] * 8}, fractions=(0.5, 1.0))
+    for cell in results["cells"]:
+        if cell["fraction"] == 1.0:
+            cell["steps"] = {"t0": {"unshared": 100, "a": 1500, "b": 100 + cell["seed"]}[cell["arm"]]}
+    half, whole = tell(results)
+    assert "steps" not in half["answer"]
+    assert whole["answer"].endswith(
+        "Not all trained for equally many optimizer steps (unshared 100, a 1,500, b 100 to 107), and differences are also of "
+        "that."
+    )
 
 
 def test_of_many_arms_that_are_all_alike_hardly_one_comparison_in_twenty_claims_anything() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,17 @@ def test_delta_m_by_hand() -> None:
     assert delta_m([0.84, 2.2], [0.8, 2.0], [True, False]) == pytest.approx(-2.5)
     assert delta_m([-0.1], [-0.2], [True]) == pytest.approx(50)  # a metric below zero that rose has improved
     assert delta_m([0.5], [0.0], [True]) is None
+
+
+@pytest.mark.parametrize("given", [([0.9], [0.8, 3.0], [True, False]), ([[0.9, 2.0], [0.8, 1.0]], [0.8, 3.0], [True, False])])
+def test_delta_m_takes_one_value_of_each(given: Any) -> None:
+    with pytest.raises(ValueError, match="takes"):
+        delta_m(*given)
+
+
+def test_what_is_no_p_value() -> None:
+    with pytest.raises(ValueError, match="takes p-values, from 0 to 1; found 2"):
+        holm([0.1, 2])
 
 
 def test_twenty_values_that_differ_by_rounding_have_an_interval() -> None:
