@@ -48,6 +48,8 @@ class Options(BaseModel):
         where = line["loc"]
         if line["type"] == "extra_forbidden" and len(where) == 1:
             message = unknown("key", str(where[0]), cls.model_fields)
+            if str(where[0]).partition(":")[0] in cls.model_fields:
+                message += " (in YAML a blank follows the colon)"
         message = WORDS.get(line["type"], message)
         if line["type"] == "literal_error" and "expected" in line.get("ctx", {}):
             known = re.findall("'([^']*)'", line["ctx"]["expected"])

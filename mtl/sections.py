@@ -61,10 +61,8 @@ def sections_of(results: Mapping[str, Any]) -> Iterator[Section]:
         if any("transfer" in of for of in said["arms"].values()):
             yield Section(f"Transfer{where}: against each task alone", list(transfer_parts(results, said, look)))
         if learned := learning(results, said["fraction"]):
-            yield Section(
-                f"Learning{where}",
-                [Part(picture=figures.learning_curves(learned, tasks, look), caption=curves_caption(learned))],
-            )
+            caption = curves_caption(learned, list(said["arms"]))
+            yield Section(f"Learning{where}", [Part(picture=figures.learning_curves(learned, tasks, look), caption=caption)])
         yield Section(f"Cost{where}", list(cost_parts(results, said, look)))
         if parts := list(exchange_parts(results, said["fraction"])):
             yield Section(f"What is exchanged{where}", parts)
@@ -213,11 +211,13 @@ def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Lo
     yield Part(table=Table(head, rows), picture=figures.differences(said, tasks, "transfer", title, look))
 
 
-def curves_caption(curves: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the lines are, and the bands where there are any."""
+def curves_caption(curves: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> str:
+    """What the lines are, the bands where there are any, and which of the arms have no lines."""
     seeds = max(len(of_arm) for of_task in curves.values() for of_arm in of_task.values())
     banded = seeds > 1 and figures.has_bands(max(map(len, curves.values())))
-    return f"{CURVES}{'; the bands reach from the lowest to the highest seed' * banded}."
+    without = [arm for arm in arms if not any(arm in of_task for of_task in curves.values())]
+    missing = f" There are none of {', '.join(without)}." if without else ""
+    return f"{CURVES}{'; the bands reach from the lowest to the highest seed' * banded}.{missing}"
 
 
 def learning(results: Mapping[str, Any], fraction: float) -> dict[str, dict[str, list[list[float]]]]:

@@ -399,6 +399,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
         ("tasks: [tiny_a]\n<<: {seed: 1}\n", "'<<' is not read"),
         ("tasks: [!!str tiny_a]\n", "tags are not read"),
         ("tasks: [tiny_a]\nself: 1\n", "unknown key 'self'"),
+        ("tasks: [tiny_a]\noptim: {lr:1}\n", "a blank follows the colon"),
         (f"tasks: {'[' * 30}{']' * 30}\n", "more than 20 levels"),
         (f"tasks: [{'a,' * 30_000}]\n", "more than 20,000 keys and values"),
         (f"seed: 1{':1' * 40}.5\n", "a number of more than 64 characters"),
