@@ -44,8 +44,13 @@ def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Ite
     for said in results["findings"]:
         yield from (*table_lines(summary(results, said)), "")
     yield from (f"- {sentence}" for sentence in [*answers(results), *notes(results), facts(results)])
-    if experiment.cut:
-        yield f"- Cut for lack of machine time: {experiment.cut}."
+    seeds = len(results["seeds"])
+    cut = [
+        *[f"{seeds} of {experiment.seeds} seeds so far"] * (seeds < experiment.seeds),
+        *[experiment.cut] * bool(experiment.cut),
+    ]
+    if cut:
+        yield f"- Cut for lack of machine time: {'; '.join(cut)}."
     yield ""
     for picture, what, _ in pictures(results):
         yield from (f"![{what}](results/{name}-{picture}.svg)", "")
