@@ -126,9 +126,9 @@ def legend(figure: Figure, axis: Axes) -> None:
     """Below all panels, what is drawn in one of them."""
     handles, labels = axis.get_legend_handles_labels()
     if 0 < len(labels) <= LISTED:
-        shown = [wrapped(label, 34) for label in labels]
-        columns = COLUMNS if max(map(len, labels)) < 30 else COLUMNS - 1
-        figure.legend(handles, shown, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=8)
+        columns = min(COLUMNS if max(map(len, labels)) < 30 else COLUMNS - 1, len(labels))
+        shown = [wrapped(label, 34 if columns > 2 else 55) for label in labels]
+        figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def legend_height(entries: int) -> float:
