@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mtl
-from benchmarks.three_epochs import CONFIG, METRICS, figure, interval
+from mtl.stats import estimate
 
-RESULTS = Path(__file__).parent / "results" / "fast_path.json"
+HERE = Path(__file__).parent
+CONFIG = HERE.parent / "examples" / "configs" / "fashion_two_task.yaml"
+RESULTS = HERE / "results" / "fast_path.json"
+METRICS = ("fashion_category", "fashion_group", "mean of tasks")
 ARMS = {
     "fast": ["compile=units"],
     "plain": ["precision=fp32", "execution=towers", "compile=none"],
@@ -58,6 +63,18 @@ def render() -> str:
         f"10,000 test images. {environment['device_name']}, {environment['threads']} threads, torch "
         f"{environment['versions']['torch']}; config digests of seed 0: {digests}.\n"
     )
+
+
+def figure(run: dict[str, Any], metric: str) -> float:
+    """One test figure of a run."""
+    return float(run["test"]["score"] if metric == "mean of tasks" else run["test"][metric]["accuracy"])
+
+
+def interval(values: Sequence[float], sign: str = "") -> str:
+    """`mean ± half width of the 95 % t interval`."""
+    found = estimate(values)
+    assert found.high is not None, "takes two seeds"
+    return f"{found.mean:{sign}.4f} ± {found.high - found.mean:.4f}"
 
 
 def main() -> None:

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
-from typing import Any
-
-from scipy import stats
 
 import mtl
+from benchmarks.fast_path import CONFIG, METRICS, figure, interval
 from benchmarks.render import write_page
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parent / "examples" / "configs" / "fashion_two_task.yaml"
 RESULTS = HERE / "results" / "three_epochs.json"
 ARMS = ("unshared", "cross_stitch")
-METRICS = ("fashion_category", "fashion_group", "mean of tasks")
 
 
 def measure(seeds: int) -> None:
@@ -65,18 +60,6 @@ def render() -> str:
         f"{environment['device_name']}, {environment['threads']} threads, {first['precision']}, torch "
         f"{environment['versions']['torch']}; config digests of seed 0: {digests}.\n"
     )
-
-
-def figure(run: dict[str, Any], metric: str) -> float:
-    """One test figure of a run."""
-    return float(run["test"]["score"] if metric == "mean of tasks" else run["test"][metric]["accuracy"])
-
-
-def interval(values: list[float], sign: str = "") -> str:
-    """`mean ± half width of the 95 % t interval`."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
-    return f"{statistics.mean(values):{sign}.4f} ± {half:.4f}"
 
 
 def main() -> None:
