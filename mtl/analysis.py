@@ -137,29 +137,15 @@ class Analyst:
         samples = self._samples(config, tasks)
         split = Split.VAL if samples[Split.VAL] else Split.TEST
         model = model_with_weights(run, config, tasks, input_shape(samples[split]))
-        weights = {point: unit.channels() for point, unit in model.exchange().items()}
-        if all(values is not None and receives_nothing(values) for values in weights.values()):
-            falls = nothing_falls(list(weights), len(tasks))
-        else:
-            with memory_kept():
-                falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config), self.progress, label)
+        with memory_kept():
+            falls = ablate(model, samples[split], 2 * config.batch_size, autocast(config), self.progress, label)
         channels = {}
-        for point, values in weights.items():
-            if values is not None:
+        for point, unit in model.exchange().items():
+            if (values := unit.channels()) is not None:
                 at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
                 curve = values.detach().cpu().double().quantile(at, dim=2)  # (Q, T, T)
                 channels[point] = curve.permute(1, 2, 0).tolist()
         return {"split": split, "falls": falls, "channels": channels}
-
-
-def receives_nothing(weights: Tensor) -> bool:
-    """Whether (T, T, C) weights are zero between different tasks."""
-    return not weights[~torch.eye(len(weights), dtype=torch.bool, device=weights.device)].any()
-
-
-def nothing_falls(points: Sequence[str], tasks: int) -> dict[str, list[list[float | None]]]:
-    """What `ablate` finds where no task receives anything, without its passes over the data."""
-    return {point: [[None if t == s else 0.0 for s in range(tasks)] for t in range(tasks)] for point in points}
 
 
 def trajectory(run: Path) -> dict[str, dict[str, list[Any]]]:

@@ -285,9 +285,15 @@ class MultiTaskModel(nn.Module):
         """
         if isinstance(images, Tensor):
             raise TypeError(f"the model takes images by dataset, as in {{{next(iter(self.inputs))!r}: images}}; found a tensor")
-        features = {task.name: f for task, f in zip(self.present(list(images)), self.features(images), strict=True)}
-        outputs = {name: self.heads[name](f) for name, f in features.items()}
-        return Outputs(features, {name: y.float() if y.dtype in HALF else y for name, y in outputs.items()})
+        present = self.present(list(images))
+        features = dict(zip(present, self.features(images), strict=True))
+        outputs = {task.name: self.output(task, x) for task, x in features.items()}
+        return Outputs({task.name: x for task, x in features.items()}, outputs)
+
+    def output(self, task: Task, features: Tensor) -> Tensor:
+        """What a task's head makes of its features, in float32 or wider."""
+        y: Tensor = self.heads[task.name](features)
+        return y.float() if y.dtype in HALF else y
 
     def freeze(self, patterns: Sequence[str]) -> None:
         """Take parameters out of training, by name of a parameter or module, or by a pattern with `*`.

@@ -22,12 +22,11 @@ import pytest
 import torch
 from conftest import Lines
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import mtl
 from benchmarks import comparisons
-from mtl import ablation, analysis, comparison, figures, jobs, keeping, trainer
-from mtl.ablation import WithCut
+from mtl import comparison, figures, jobs, keeping, trainer
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
 from mtl.backbones import SmallCNN
@@ -573,7 +572,7 @@ def test_a_call_with_the_wrong_things(base: RunConfig) -> None:
 # What is said
 
 
-def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path) -> None:
     found = mtl.compare(base, ["unshared", "cross_stitch_frozen"], 2, out="one")
     said = found.results["findings"][0]["arms"]["cross_stitch_frozen"]
     assert said["difference"]["mean"]["mean"] == 0.0
@@ -583,23 +582,6 @@ def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path, monkeypa
             assert cell["exchange"]["falls"] == {point: [[None, 0.0], [0.0, None]] for point in ("pool1", "pool2", "fc3")}
             assert all(matrix == [[1, 0], [0, 1]] for matrix in cell["exchange"]["coupling"]["fc3"]["coupling"])
     assert "Nothing is exchanged: all weights between different tasks are zero." in Path("one/report.html").read_text()
-    shutil.rmtree("one/analysis")
-    monkeypatch.setattr(analysis, "receives_nothing", lambda weights: False)
-    passes: list[str] = []
-    monkeypatch.setattr("mtl.ablation.cut", noting(passes, ablation.cut))
-    again = mtl.compare(base, ["unshared", "cross_stitch_frozen"], 2, out="one")  # by passes over the data, zero as well
-    assert passes == ["pool1", "pool1", "pool2", "pool2", "fc3", "fc3"] * 2
-    assert again.results["cells"] == found.results["cells"]
-
-
-def noting(points: list[str], cut: Callable[..., Any]) -> Callable[..., Any]:
-    """As `cut`, and the point is put down."""
-
-    def noted(model: mtl.MultiTaskModel, point: str, to: int, source: int) -> Any:
-        points.append(point)
-        return cut(model, point, to, source)
-
-    return noted
 
 
 def test_whose_weights_are_damaged_keeps_its_scores(base: RunConfig, in_tmp: Path) -> None:
@@ -656,20 +638,6 @@ def test_an_error_that_nobody_foresaw_says_in_which_run(base: RunConfig, in_tmp:
 def test_a_process_that_knows_less_says_what_it_imports(tmp_path: Path) -> None:
     with pytest.raises(mtl.RunError, match=r"does not know what this one knows: .*unknown task 'nobody'.*nothing typed into"):
         jobs._work({"tasks": ["nobody"]}, tmp_path, 1)
-
-
-class Sum(mtl.ExchangeUnit):
-    """Every task gets the sum of all."""
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.stack(list(features)).sum(0)] * len(features)
-
-
-def test_a_cut_takes_one_contribution_from_one_task() -> None:
-    a, b, c = (torch.full((2, 3), value) for value in (1.0, 10.0, 100.0))
-    for unit in (Sum(), mtl.CrossStitchUnit(3, (3,), "channel", 1.0, 1.0)):
-        found = [x[0, 0].item() for x in WithCut(unit, to=1, source=2)([a, b, c])]
-        assert found == [111.0, 11.0, 111.0]
 
 
 @mtl.register_task("tiny_same")
