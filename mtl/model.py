@@ -286,9 +286,8 @@ class MultiTaskModel(nn.Module):
         if isinstance(images, Tensor):
             raise TypeError(f"the model takes images by dataset, as in {{{next(iter(self.inputs))!r}: images}}; found a tensor")
         present = self.present(list(images))
-        features = dict(zip(present, self.features(images), strict=True))
-        outputs = {task.name: self.output(task, x) for task, x in features.items()}
-        return Outputs({task.name: x for task, x in features.items()}, outputs)
+        features = {task.name: x for task, x in zip(present, self.features(images), strict=True)}
+        return Outputs(features, {task.name: self.output(task, features[task.name]) for task in present})
 
     def output(self, task: Task, features: Tensor) -> Tensor:
         """What a task's head makes of its features, in float32 or wider."""
