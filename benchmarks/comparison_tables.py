@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.comparisons import EXPERIMENTS, RESULTS, TRIAL_EPOCHS, TRIAL_SEED, Experiment
 from mtl import figures
+from mtl.comparison import reference_of
 from mtl.figures import Look
 from mtl.findings import BETTER, WORSE, tell
-from mtl.report import answers, facts, notes, table_lines
+from mtl.report import answers, facts, notes, plain, table_lines
 from mtl.sections import Table, summary
 
 
@@ -37,13 +38,14 @@ def render() -> str:
 
 def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
     """The lines about one comparison."""
-    yield from (f"### {experiment.about}", "", f"`python -m benchmarks.comparisons {name}`, which is", "")
-    yield from ("```bash", *command(experiment, results["given"]), "```", "")
+    trials = "trials of every arm, chosen from on validation data, and then " * bool(results["tuning"])
+    yield from (f"### {experiment.about}", "", f"`python -m benchmarks.comparisons {name}`, which is {trials}".rstrip(), "")
+    yield from ("```bash", *command(experiment, results), "```", "")
     if results["tuning"]:
         yield from (*table_lines(tried(results["tuning"])), "")
     for said in results["findings"]:
         yield from (*table_lines(summary(results, said)), "")
-    yield from (f"- {sentence}" for sentence in [*answers(results), *notes(results), facts(results)])
+    yield from (f"- {plain(sentence)}" for sentence in [*answers(results), *notes(results), facts(results)])
     seeds = len(results["seeds"])
     cut = [
         *[f"{seeds} of {experiment.seeds} seeds so far"] * (seeds < experiment.seeds),
@@ -56,14 +58,17 @@ def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Ite
         yield from (f"![{what}](results/{name}-{picture}.svg)", "")
 
 
-def command(experiment: Experiment, arms: Sequence[str]) -> list[str]:
+def command(experiment: Experiment, results: Mapping[str, Any]) -> list[str]:
     """The same on the command line, in lines that fit."""
+    arms, reference = results["given"], results["reference"]
     named = [arm for arm in arms if "=" not in arm]
     words = [f"mtl compare examples/configs/{experiment.config}.yaml", *map(shlex.quote, experiment.overrides)]
     words += [f"--arms {','.join(named)}"] * bool(named) + [f'--arm "{arm}"' for arm in arms if "=" in arm]
     words += [f"--seeds {experiment.seeds}"]
     if experiment.fractions:
         words.append(f"--fractions {','.join(f'{one:g}' for one in experiment.fractions)}")
+    if reference != reference_of(None, [arm["name"] for arm in results["arms"]]):
+        words.append(f"--reference {reference}")
     lines = [""]
     for word in words:
         if len(lines[-1]) + len(word) > 110:
@@ -73,14 +78,14 @@ def command(experiment: Experiment, arms: Sequence[str]) -> list[str]:
 
 
 def tried(tuning: dict[str, dict[str, float]]) -> Table:
-    """Validation scores of the trials; the best of each arm is bold."""
+    """Validation scores of the trials; the best of each arm is marked."""
     best = {arm: max(scores.values()) for arm, scores in tuning.items()}
     shown = {
-        arm: {trial: f"**{score:.4f}**" if score == best[arm] else f"{score:.4f}" for trial, score in scores.items()}
+        arm: {trial: f"{score:.4f}{' (best)' * (score == best[arm])}" for trial, score in scores.items()}
         for arm, scores in tuning.items()
     }
     trials = next(iter(shown.values()))
-    rows = [[f"`{trial}`", *[scores[trial] for scores in shown.values()]] for trial in trials]
+    rows = [[trial, *[scores[trial] for scores in shown.values()]] for trial in trials]
     return Table([f"validation, {TRIAL_EPOCHS} epochs, seed {TRIAL_SEED}", *shown], rows)
 
 
@@ -95,7 +100,7 @@ ARMS = {
     "single_task": "each task alone",
     "hard_shared": "one backbone for all",
     "cross_stitch": "cross-stitch, from the identity",
-    "cross_stitch_0.9": "cross-stitch, from 0.9",
+    "cross_stitch_0.9": "cross-stitch, from 0.9 (0.91 of four)",
 }
 """Of the overview, as it calls them."""
 

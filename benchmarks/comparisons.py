@@ -66,7 +66,7 @@ class Experiment:
 TRIAL_EPOCHS, TRIAL_SEED = 5, 1000
 
 HALF = "backbone.width=0.5"
-SHORT = "a tower of half the reference's width, in which a step takes 0.4 of the time"
+SHORT = "a tower of half the reference's width"
 
 EXPERIMENTS = {
     "reference": Experiment("fashion_two_task", (), 3, "The reference protocol in full.", "reference protocol"),
@@ -150,16 +150,28 @@ def measure(name: str, jobs: int, only: Sequence[int] | None, out: Path) -> None
 
 
 def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """One record of two, whose seeds differ; a seed that is in both is taken from the second.
+    """One record of two, whose seeds differ; a seed that is in both is taken from the second, where one machine trained both.
 
     Machines may differ, and with them the precision that `auto` stands for: arms are compared within a seed, and each seed is
     of one machine.
 
     Raises:
-        ValueError: they are not of the same comparison.
+        ValueError: they are not of the same comparison, or it is not known which machine trained the seeds that stay.
     """
-    same = ("format", "tasks", "arms", "reference", "baseline", "fractions", "samples", "labelled", "given", "tuning")
-    differ = [key for key in same if before[key] != after[key]]
+    same = (
+        "format",
+        "tasks",
+        "arms",
+        "reference",
+        "baseline",
+        "fractions",
+        "samples",
+        "labelled",
+        "set_aside",
+        "given",
+        "tuning",
+    )
+    differ = [key for key in same if before.get(key) != after.get(key)]
     digests = [from_tree({**one["config"], "precision": "auto"}, source="record").digest() for one in (before, after)]
     if differ or digests[0] != digests[1]:
         what = ", ".join(differ) or f"digest of the config ({' and '.join(digests)})"
@@ -172,6 +184,11 @@ def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
         place = {key: value for key, value in one.items() if key != "runs"}
         runs = places.get(json.dumps(place), {"runs": 0})["runs"]
         places[json.dumps(place)] = {**place, "runs": runs + one["runs"]}
+    if twice := set(before["seeds"]) & set(after["seeds"]):
+        if len(places) > 1:
+            raise ValueError(f"seeds {sorted(twice)} are in both records, and not of one machine; train others")
+        for place in places.values():
+            place["runs"] = len({run for cell in (*old, *after["cells"]) for run in (*cell["runs"], *cell["starts"])})
     results = {
         **after,
         "config": {**after["config"], "precision": " and ".join(precisions)},
@@ -179,6 +196,7 @@ def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
         "at_once": max(before["at_once"], after["at_once"]),
         "seeds": sorted([*kept_seeds, *after["seeds"]]),
         "cells": sorted([*old, *after["cells"]], key=lambda cell: (cell["fraction"], cell["seed"])),
+        "unreadable": {**before.get("unreadable", {}), **after.get("unreadable", {})},
         "failed": [*(one for one in before["failed"] if one["seed"] in kept_seeds), *after["failed"]],
     }
     return {**results, "findings": tell(results)}

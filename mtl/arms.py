@@ -369,8 +369,8 @@ def _as_yaml(value: Any) -> str:
 
 
 def _user_arm(name: str, overrides: Sequence[str]) -> Arm:
-    if not re.fullmatch(r"[\w.+-]+(:[\w.+-]+)?", name, re.ASCII):
-        raise ConfigError([f"arm name {name!r}: letters, digits, '_', '-', '+' and '.' only"])
+    if not re.fullmatch(r"[^\W_][\w.+-]*(:[\w.+-]+)?", name, re.ASCII):
+        raise ConfigError([f"arm name {name!r}: letters, digits, '_', '-', '+' and '.' only, the first a letter or a digit"])
     if name in known() or name.startswith("split:"):
         raise ConfigError([f"arm {name!r} is a bundled one, and cannot be given overrides; call yours by another name"])
     return Joint(name, f"the config with {' '.join(overrides)}", overrides)

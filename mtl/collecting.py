@@ -207,6 +207,7 @@ def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst, labels: M
         "runs": [piece.name for piece in cell.pieces],
         "starts": sorted({source.name for piece in cell.pieces for source in piece.starts.values()}),
         "steps": {piece.tasks[0]: (finished(runs / piece.name) or {})["steps"] for piece in cell.pieces},
+        "left_out": {piece.tasks[0]: (finished(runs / piece.name) or {}).get("steps_left_out", 0) for piece in cell.pieces},
         "test": test,
         "curves": learned,
         "cost": cost_of(cell, facts, runs),

@@ -22,6 +22,7 @@ from mtl.build import make_tasks
 from mtl.collecting import Cell, Facts, collect
 from mtl.comparison_dir import NOTE, begun, default_directory, locked, with_data, writing
 from mtl.config import InitFrom, RunConfig
+from mtl.data import Split
 from mtl.errors import ConfigError, RunError, unknown
 from mtl.findings import mean_score, task_score
 from mtl.jobs import Job, Tally, finished, train_all
@@ -80,6 +81,7 @@ def compare(
         made = arms_of(default_arms(config) if arms is None else arms, base, facts.setting.points)
         chosen = reference_of(reference, [arm.name for arm in made])
         cells = cells_of(made, fractions, seeds, facts)
+        check_test_split(facts)
         note = with_data(note, facts.survey(base.data.fraction).fingerprints, directory)
         with writing(directory):
             write_whole(directory / NOTE, note)
@@ -115,6 +117,7 @@ def plan(
     made = arms_of(default_arms(config) if arms is None else arms, facts.base, facts.setting.points)
     chosen = reference_of(reference, [arm.name for arm in made])
     cells = cells_of(made, fractions, seeds, facts)
+    check_test_split(facts)
     pieces = {piece.name: piece for cell in cells for of in cell.pieces for piece in (of, *of.starts.values())}
     there = sum(finished(directory / "runs" / name) is not None for name in pieces)
     described = {}
@@ -179,6 +182,20 @@ def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[in
     if wrong:
         raise ConfigError([*wrong], source="arms")
     return cells
+
+
+def check_test_split(facts: Facts) -> None:
+    """Arms are compared on test data.
+
+    Raises:
+        ConfigError: a dataset has none.
+    """
+    tested = facts.survey(facts.base.data.fraction).samples[Split.TEST]
+    if without := sorted({task.dataset for task in facts.tasks} - {name for name, n in tested.items() if n}):
+        raise ConfigError(
+            [f"dataset {name!r} has no test split, on which arms are compared; register it with one" for name in without],
+            source="compare",
+        )
 
 
 def refuse_other_tasks(config: RunConfig, tasks: Sequence[Task]) -> None:

@@ -24,6 +24,7 @@ WIDTH = 9.2
 """Of every picture, inches."""
 STYLE: Any = {
     "font.size": 9,
+    "text.parse_math": False,  # names are shown as they are
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 9.5,

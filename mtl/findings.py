@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 from mtl.scores import mean_of_scores
-from mtl.stats import ALPHA, delta_m, estimate, holm, permutation_p, seeds_needed
+from mtl.stats import ALPHA, delta_m, estimate, holm, permutation_p, seeds_needed, smallest_p
 
 BETTER, WORSE, OPEN, FEW = "better", "worse", "not shown", "too few seeds"
-"""Verdicts: a corrected p of at most 0.05 in either direction; a larger one; fewer seeds than any claim needs."""
+"""Verdicts: a corrected p of at most 0.05 in either direction; a larger one; a larger one that so few seeds made sure of."""
 
 Cells = Mapping[int, Mapping[str, Any]]
 """Of one arm at one share of the data: seed -> cell."""
@@ -98,47 +98,48 @@ def compared(
     shares: Sequence[Mapping[str, Cells]], other: str, tasks: Mapping[str, Any]
 ) -> list[dict[str, dict[str, dict[str, Any]]]]:
     """At each share of the data: arm -> each task's difference to the arm `other`, and under "mean" that of their mean, over
-    the seeds that both have.
-
-    Each has an estimate and
-        raw_p: of this difference alone.
-        p: of the mean corrected (Holm) over arms and shares, of a task over tasks.
-        verdict: what that p allows to say.
-        overall_p: of a task, corrected over tasks, arms and shares, for claims that are picked from all of them.
+    the seeds that both have; see `judged`. There are two families: the means of all arms at all shares, and the single tasks.
     """
-    pairs: dict[tuple[int, str], dict[str, list[float]]] = {}
-    for i, cells in enumerate(shares):
-        for name, of_arm in cells.items():
-            seeds = sorted(of_arm.keys() & cells.get(other, {}).keys())
-            if name == other or not seeds:
-                continue
-            both = [(of_arm[seed], cells[other][seed]) for seed in seeds]
-            d = {task: [task_score(a, task, tasks) - task_score(b, task, tasks) for a, b in both] for task in tasks}
-            pairs[i, name] = {**d, "mean": [mean_score(a, tasks) - mean_score(b, tasks) for a, b in both]}
-    raw = {key: {what: permutation_p(d) for what, d in of.items()} for key, of in pairs.items()}
-    of_means = dict(zip(raw, holm([p["mean"] for p in raw.values()]), strict=True))
-    overall = iter(holm([p[task] for p in raw.values() for task in tasks]))
+    pairs = {
+        (i, name): [(of_arm[seed], cells[other][seed]) for seed in sorted(of_arm.keys() & cells.get(other, {}).keys())]
+        for i, cells in enumerate(shares)
+        for name, of_arm in cells.items()
+        if name != other
+    }
+    pairs = {key: both for key, both in pairs.items() if both}
+    means = judged([[mean_score(a, tasks) - mean_score(b, tasks) for a, b in both] for both in pairs.values()])
+    singles = judged(
+        [
+            [task_score(a, task, tasks) - task_score(b, task, tasks) for a, b in both]
+            for both in pairs.values()
+            for task in tasks
+        ]
+    )
     found: list[dict[str, dict[str, dict[str, Any]]]] = [{} for _ in shares]
-    for key, of in pairs.items():
-        of_tasks = holm([raw[key][task] for task in tasks])
-        said = {
-            task: {**_difference(of[task], raw[key][task], p, len(tasks)), "overall_p": next(overall)}
-            for task, p in zip(tasks, of_tasks, strict=True)
-        }
-        i, name = key
-        found[i][name] = {**said, "mean": _difference(of["mean"], raw[key]["mean"], of_means[key], len(pairs))}
+    of_task = iter(singles)
+    for (i, name), mean in zip(pairs, means, strict=True):
+        found[i][name] = {**{task: next(of_task) for task in tasks}, "mean": mean}
     return found
 
 
-def _difference(d: Sequence[float], raw_p: float, p: float, comparisons: int) -> dict[str, Any]:
-    found = estimate(d)
-    if found.n < seeds_needed(comparisons):
-        verdict = FEW
-    elif p > ALPHA:
-        verdict = OPEN
-    else:
-        verdict = BETTER if found.mean > 0 else WORSE
-    return {**asdict(found), "raw_p": raw_p, "p": p, "verdict": verdict}
+def judged(family: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """Of paired differences that are read side by side, each one's estimate and
+    raw_p: of this difference alone.
+    p: corrected (Holm) over the family.
+    comparisons: how many those are.
+    verdict: what p allows to say.
+    """
+    raw = [permutation_p(d) for d in family]
+    found = []
+    for i, (d, p) in enumerate(zip(family, holm(raw), strict=True)):
+        about = estimate(d)
+        if p <= ALPHA:
+            verdict = BETTER if about.mean > 0 else WORSE
+        else:  # would the smallest p that so many pairs can give be small enough, beside the others?
+            least = holm([*raw[:i], smallest_p(about.n), *raw[i + 1 :]])[i]
+            verdict = OPEN if least <= ALPHA else FEW
+        found.append({**asdict(about), "raw_p": raw[i], "p": p, "comparisons": len(family), "verdict": verdict})
+    return found
 
 
 def _relative(cells: Cells, baselines: Cells, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -158,10 +159,12 @@ def _relative(cells: Cells, baselines: Cells, tasks: Mapping[str, Any]) -> dict[
 
 def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float) -> str:
     """Which arms do better or worse than the reference on average and on which tasks, of which that is not shown, and whether
-    it could be; which arms failed. Differences are in points: hundredths of a score.
+    it could be; where there is negative transfer; which arms trained for longer, and which failed. Differences are in points:
+    hundredths of a score.
     """
-    reference, names = results["reference"], [arm["name"] for arm in results["arms"]]
-    said = {name: of["difference"] for name, of in arms.items() if of.get("difference")}
+    reference, baseline = results["reference"], results["baseline"]
+    names = [arm["name"] for arm in results["arms"]]
+    said, transfer = ({name: of[key] for name, of in arms.items() if of.get(key)} for key in ("difference", "transfer"))
     parts = []
     if names == [reference] and arms:
         parts.append(f"There is one arm, {reference}: nothing to compare it with.")
@@ -171,8 +174,11 @@ def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float)
         parts.append(f"Nothing can be compared with {reference}: no seed has both it and another arm.")
     else:
         parts.append(_on_average(said, reference, len(results["fractions"])))
-        parts += _task_by_task(said)
-        parts += _unequal_steps(results, fraction)
+        if len(results["tasks"]) > 1:
+            parts += _task_by_task({name: of for name, of in said.items() if baseline not in (name, reference)})
+    parts += _transfer(transfer, baseline)
+    if said:
+        parts += _unequal_training(results, fraction)
     for name in names:
         lost = [one for one in results["failed"] if one["arm"] == name and one["fraction"] == fraction]
         if lost and name not in arms:
@@ -196,11 +202,11 @@ def _on_average(said: Mapping[str, Any], reference: str, shares: int) -> str:
         if verdict == OPEN:
             parts.append(f"no difference is shown for {listed}")
         elif verdict == FEW:
-            others = f"{len(said)} arm{'s' * (len(said) > 1)} to compare" + f" at {shares} shares of the data" * (shares > 1)
-            needed = seeds_needed(len(said) * shares)
+            family = said[names[0]]["mean"]["comparisons"]
+            others = f"{family} comparisons" if shares > 1 else f"{family} arm{'s' * (family > 1)} to compare"
             parts.append(
                 f"whether {listed} differ{'s' * (len(names) == 1)} cannot be told from {n} seed{'s' * (n > 1)}, since with "
-                f"{others} it takes {needed} or more"
+                f"{others} it takes {seeds_needed(family)} or more"
             )
         else:
             parts.append(f"{listed} {'does' if len(names) == 1 else 'do'} {verdict}")
@@ -216,29 +222,55 @@ def _listed(names: Sequence[str], said: Mapping[str, Any]) -> str:
 
 
 def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
-    """The differences of single tasks that remain after correction over all tasks, arms and shares."""
-    parts = []
-    for name, of in said.items():
-        for verdict in (BETTER, WORSE):
-            there = {task: d["mean"] for task, d in of.items() if task != "mean" and d["overall_p"] <= ALPHA}
-            some = [f"{task} ({signed(d)})" for task, d in there.items() if (d > 0) == (verdict == BETTER)]
-            if some:
-                parts.append(f"{name} is {verdict} on {', '.join(some)}")
+    """The differences of single tasks that are shown."""
+    parts = [
+        f"{name} is {verdict} on {some}"
+        for name, of in said.items()
+        for verdict in (BETTER, WORSE)
+        if (some := _tasks_with(verdict, of))
+    ]
+    if parts:
+        yield f"Task by task: {_shortened(parts, '; ')}."
+
+
+def _transfer(transfer: Mapping[str, Any], baseline: str | None) -> Iterator[str]:
+    """Which tasks are worse, and which better, than when trained alone."""
+    verdicts = [of[task]["verdict"] for of in transfer.values() for task in of if task != "mean"]
+    if not verdicts or all(verdict == FEW for verdict in verdicts):
+        return
+    for verdict, what in ((WORSE, "Negative"), (BETTER, "Positive")):
+        parts = [f"{name} on {some}" for name, of in transfer.items() if (some := _tasks_with(verdict, of))]
+        if parts:
+            yield f"{what} transfer, against {baseline}: {_shortened(parts, '; ')}."
+    if WORSE not in verdicts:
+        yield f"Negative transfer, against {baseline}, is not shown."
+
+
+def _tasks_with(verdict: str, of_arm: Mapping[str, Any]) -> str:
+    there = {task: d for task, d in of_arm.items() if task != "mean" and d["verdict"] == verdict}
+    return ", ".join(f"{task} ({signed(d['mean'])})" for task, d in there.items())
+
+
+def _shortened(parts: Sequence[str], comma: str) -> str:
     if len(parts) > 2 * AT_LENGTH:
         parts = [*parts[: 2 * AT_LENGTH], f"and {len(parts) - 2 * AT_LENGTH} more below"]
-    if parts:
-        yield f"Task by task: {'; '.join(parts)}."
+    return comma.join(parts)
 
 
-def _unequal_steps(results: Mapping[str, Any], fraction: float) -> Iterator[str]:
-    """Which arm took how many optimizer steps, where they are not the same for all."""
+def _unequal_training(results: Mapping[str, Any], fraction: float) -> Iterator[str]:
+    """Which arm took how many optimizer steps, where they are not the same for all, and which start from trained weights."""
+    cells = [cell for cell in results["cells"] if cell["fraction"] == fraction]
     taken: dict[str, set[int]] = {}
-    for cell in results["cells"]:
-        if cell["fraction"] == fraction:
-            taken.setdefault(cell["arm"], set()).update(cell["steps"].values())
+    for cell in cells:
+        taken.setdefault(cell["arm"], set()).update(cell["steps"].values())
     if len(set().union(*taken.values())) > 1:
         each = ", ".join(f"{arm} {' to '.join(f'{n:,}' for n in sorted({min(of), max(of)}))}" for arm, of in taken.items())
         yield f"Not all trained for equally many optimizer steps ({each}), and differences are also of that."
+    if warm := list(dict.fromkeys(cell["arm"] for cell in cells if cell["starts"])):
+        yield (
+            f"{', '.join(warm)} start{'s' * (len(warm) == 1)} from towers already trained on each task alone, and differences "
+            "are also of that."
+        )
 
 
 def points(d: Mapping[str, Any]) -> str:

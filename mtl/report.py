@@ -5,6 +5,7 @@ What is in tables and pictures is decided in `mtl.sections`, once for both; how 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
+from mtl.findings import FEW
 from mtl.scores import FLOOR
 from mtl.sections import Section, Table, sections_of
 from mtl.stats import seeds_needed
@@ -49,33 +51,43 @@ def html(results: Mapping[str, Any], sections: Sequence[Section]) -> str:
 
 def markdown(results: Mapping[str, Any], sections: Sequence[Section], folder: Path) -> str:
     """The same as text; pictures are written to `folder`."""
-    lines = [f"# {title(results)}", "", *[f"**{one}**\n" for one in answers(results)], facts(results), ""]
-    lines += [f"{note}\n" for note in notes(results)]
+    lines = [f"# {title(results)}", "", *[f"**{plain(one)}**\n" for one in answers(results)], plain(facts(results)), ""]
+    lines += [f"{plain(note)}\n" for note in notes(results)]
     number = 0
     for section in sections:
         lines += [f"## {section.title}", ""]
         for part in section.parts:
             if part.heading:
-                lines += [f"### {part.heading}", ""]
+                lines += [f"### {plain(part.heading)}", ""]
             if part.text:
-                lines += [part.text, ""]
+                lines += [plain(part.text), ""]
             if part.table is not None:
                 lines += [*table_lines(part.table), ""]
             if part.picture:
                 number += 1
                 name = f"{number:02}.svg"
                 write_whole(folder / name, part.picture)
-                lines += [f"![{part.caption or section.title}]({folder.name}/{name})", ""]
-                lines += [part.caption, ""] if part.caption else []
-    lines += ["## How it was done", "", *[f"- {line}" for line in method(results)], ""]
+                caption = plain(part.caption)
+                lines += [f"![{caption or section.title}]({folder.name}/{name})", ""]
+                lines += [caption, ""] if caption else []
+    lines += ["## How it was done", "", *[f"- {plain(line)}" for line in method(results)], ""]
     return "\n".join(lines)
 
 
 def table_lines(table: Table) -> list[str]:
     """A table in Markdown."""
-    rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in (table.head, *table.rows)]
+    rows = [[plain(cell).replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
     head = "| " + " | ".join(rows[0]) + " |"
     return [head, "|---|" + "---:|" * (len(rows[0]) - 1), *["| " + " | ".join(row) + " |" for row in rows[1:]]]
+
+
+def plain(text: str) -> str:
+    r"""Text that Markdown shows as it is.
+
+    >>> print(plain("optim.freeze=[towers.a.*, <b>]"))
+    optim.freeze=[towers.a.\*, &lt;b>]
+    """
+    return re.sub(r"([*`$])", r"\\\1", text).replace("<", "&lt;")
 
 
 def title(results: Mapping[str, Any]) -> str:
@@ -141,31 +153,42 @@ def counted(n: int, what: str) -> str:
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What a reader should not overlook."""
     found = []
-    tasks, arms = len(results["tasks"]), len(results["arms"])
-    pairs = [d["n"] for said in results["findings"] for of in said["arms"].values() for d in of.get("difference", {}).values()]
     shares = len(results["fractions"])
-    compared = (arms - 1) * shares
-    if pairs and min(pairs) < seeds_needed(compared * tasks):
-        at = f" at {shares} shares of the data" * (shares > 1)
+    compared = [
+        (what, d)
+        for said in results["findings"]
+        for of in said["arms"].values()
+        for key in ("difference", "transfer")
+        for what, d in of.get(key, {}).items()
+    ]
+    if few := [d for _, d in compared if d["verdict"] == FEW]:
+        of_means, of_tasks = (
+            max(d["comparisons"] for what, d in compared if (what == "mean") == mean) for mean in (True, False)
+        )
+        needed = f"{counted(seeds_needed(of_means), 'seed')} for {counted(of_means, 'difference')} of the mean of tasks"
+        if len(results["tasks"]) > 1:
+            needed += f", and {seeds_needed(of_tasks)} for {counted(of_tasks, 'difference')} of a single task"
         found.append(
-            f"{counted(min(pairs), 'seed')}: an exact paired test cannot give a corrected p of 0.05 or less with fewer than "
-            f"{counted(seeds_needed(compared), 'seed')} for the mean of tasks of {counted(arms - 1, 'arm')}{at}, "
-            f"{seeds_needed(tasks)} for one of {counted(tasks, 'task')} of one arm, and {seeds_needed(compared * tasks)} for a "
-            "task to be named at the top."
+            f"{counted(min(d['n'] for d in few), 'seed')}: for an exact paired test to give a corrected p of 0.05 or less it "
+            f"takes {needed}."
         )
     labels, of = results["labelled"], {task: about["dataset"] for task, about in results["tasks"].items()}
     if any(n < results["samples"][share]["train"][of[task]] for share, tasks in labels.items() for task, n in tasks.items()):
         labels = {task: n for tasks in labels.values() for task, n in tasks.items()}
         each = ", ".join(f"{task} on {n:,}" for task, n in labels.items())
         found.append(
-            f"Training samples are labelled unevenly: {each}. Arms take equally many steps, so a run of one task alone sees "
-            "its few labels far more often than a joint run does, and differences to such runs are also of that. Validation "
-            "data, on which weights are chosen, are labelled as the dataset has them."
+            f"Training samples are labelled unevenly: {each}. A run of one task alone trains on the samples with its label "
+            "only, so it sees few labels far more often than a joint run does, and differences to such runs are also of that. "
+            "Validation data, on which weights are chosen, are labelled as the dataset has them."
         )
     if results["at_once"] > 1:
         found.append(
             f"Up to {results['at_once']} runs trained at once and shared the machine: their times and step times are not those "
             "of a run alone, and not to be compared."
+        )
+    if skipped := steps_left_out(results):
+        found.append(
+            f"Steps whose loss or gradient was not finite were left out: of {'; '.join(skipped)}. Differences are also of that."
         )
     if results["failed"]:
         lost: dict[tuple[str, float], list[int]] = {}
@@ -193,8 +216,9 @@ def method(results: Mapping[str, Any]) -> list[str]:
     """How the figures came about."""
     lines = [f"{arm['name']}: {arm['about']}." for arm in results["arms"]]
     lines.append(
-        f"All arms had the same splits and the same training samples; {steps_taken(results)}. Joint runs of one seed had the "
-        "same order of samples and the same initial weights of each task's tower, unless an arm's own overrides say otherwise. "
+        f"All arms had the same splits; {steps_taken(results)}. Joint runs had the same training samples, runs of one task "
+        "those of them that have its label; joint runs of one seed had the same order of samples and the same initial weights "
+        "of each task's tower, unless an arm's own overrides say otherwise. "
         f"Settings are the config's, but for what stands beside an arm's name. {_selection(results)}"
     )
     if warm := list(dict.fromkeys(cell["arm"] for cell in results["cells"] if cell["starts"])):
@@ -202,15 +226,16 @@ def method(results: Mapping[str, Any]) -> list[str]:
             f"{', '.join(warm)}: towers start from the weights of the single-task runs of the same seed, not from those of the "
             "other arms; the training time counts these runs, the number of steps does not."
         )
+    more = ", and two of differences to the single-task runs" * (results["baseline"] not in (None, results["reference"]))
     lines += [
         "Intervals are 95 %: Student's t below 20 seeds, BCa bootstrap from 20 on. They say how results vary with the seed, on "
         "this split of this data, and are not corrected for how many there are.",
         "Differences are paired by seed; p is that of a two-sided permutation test of their signs, exact up to 20 seeds, above "
-        "from 100,000 random ones. It is corrected (Holm): of the mean of tasks over the arms and shares of the data compared, "
-        "of a task over the tasks. The sentence at the top names a task only where its p, corrected over tasks, arms and "
-        "shares, is at most 0.05. Means and single tasks are two families: where nothing differs, each says so wrongly in at "
-        "most one of twenty comparisons. "
-        "Where an interval and p disagree, p decides: it supposes less.",
+        "from 100,000 random ones. It is corrected (Holm): of the mean of tasks over all arms and shares of the data "
+        f"compared, of single tasks over all tasks, arms and shares. These are two families of differences to the "
+        f"reference{more}: where nothing differs, each of the families says so wrongly in at most one of twenty comparisons. "
+        "That holds for a number of seeds fixed beforehand: whoever adds seeds until a difference is shown finds one more "
+        "often. Where an interval and p disagree, p decides: it supposes less.",
         "A point is a hundredth of a score. Where no difference is shown, there may be one as large as the interval says.",
     ]
     if results["baseline"] is not None:
@@ -226,14 +251,26 @@ def method(results: Mapping[str, Any]) -> list[str]:
 
 def _selection(results: Mapping[str, Any]) -> str:
     """On which data weights were chosen, and how often the test split was read."""
+    averaged = any(len(cell["runs"]) > len(results["tasks"]) for cell in results["cells"])
+    members = ", and the members of an ensemble once more, for the average of what they predict" * averaged
     if results["config"]["data"]["validation"] != 0:
         return (
-            "Weights were chosen on validation data by the mean score of the tasks that a run trains; the test split was read "
-            "once, at the end."
+            "Weights were chosen on validation data by the mean score of the tasks that a run trains; each run read the test "
+            f"split once, at the end{members}."
         )
     cut = any((cell.get("exchange") or {}).get("split") == "test" for cell in results["cells"])
     again = ", and again to see what its score loses where an exchange is cut" * cut
-    return f"Weights are those of the last epoch; the test split was read at the end{again}."
+    return f"Weights are those of the last epoch; each run read the test split at the end{members}{again}."
+
+
+def steps_left_out(results: Mapping[str, Any]) -> list[str]:
+    """Of each arm whose runs left steps out: the most of one run, of how many."""
+    most: dict[str, tuple[int, int]] = {}
+    for cell in results["cells"]:
+        for task, skipped in cell.get("left_out", {}).items():
+            if skipped:
+                most[cell["arm"]] = max(most.get(cell["arm"], (0, 0)), (skipped, cell["steps"][task]))
+    return [f"{arm} up to {skipped:,} of {steps:,}" for arm, (skipped, steps) in most.items()]
 
 
 def steps_taken(results: Mapping[str, Any]) -> str:

@@ -82,9 +82,11 @@ def make_task(name: str, options: Options | None = None, weight: float | None = 
     one is given.
 
     Raises:
-        PluginError: unknown, broken, or not giving a `Task`.
+        PluginError: a name that is taken, unknown, broken, or not giving a `Task`.
     """
     check_name("task", name)
+    if name in ("mean", "score"):
+        raise PluginError(f"task name {name!r} is what figures over all tasks are called; call it {name}_task, say")
     plugin = TASKS.get(of or name)
     try:
         task = plugin.create(options=options)

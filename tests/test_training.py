@@ -604,6 +604,12 @@ def test_names_that_modules_have_a_use_for_are_refused(tmp_path: Path, tiny_conf
     def of_values() -> mtl.Task:
         return mtl.Task("values", "y", mtl.Classification(("a", "b")))
 
+    for taken in ("mean", "score"):
+        given = {**tiny_config, "tasks": [{"name": taken, "task": "of_values"}]}
+        with pytest.raises(
+            mtl.PluginError, match=f"task name '{taken}' is what figures over all tasks are called; call it {taken}_task"
+        ):
+            mtl.train(RunConfig(**given), tmp_path / "run")
     name, offender = {"task": ("type", "type"), "dataset": ("of_values", "values")}[kind]
     message = rf"{kind} name '{offender}' is an attribute of torch modules; call it {offender}_{kind}"
     with pytest.raises(mtl.PluginError, match=message):
