@@ -39,7 +39,8 @@ def resolved(config: RunConfig) -> RunConfig:
     with bf16 instructions (AVX512-BF16, AMX), else fp32. data.workers: as many as the cores that this process may use, at most
     16; several processes of one training share them.
     """
-    name, precision = usable(config.device, config.precision)
+    each = processes_here() > 1 and config.device.startswith("cuda")  # has its own, whichever the config was written on
+    name, precision = usable("cuda" if each else config.device, config.precision)
     workers = (
         min(max(usable_cores() // processes_here(), 1), MOST_WORKERS) if config.data.workers == "auto" else config.data.workers
     )

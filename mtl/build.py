@@ -94,7 +94,8 @@ def composed(
     with ExitStack() as on_failure:
         decoders = make_decoders(config)
         on_failure.callback(decoders.close)
-        made = _composed(config, progress if processes.writes else None, place, begins_after, decoders, processes)
+        shown = progress if processes.writes else None
+        made = _composed(config, shown, place, begins_after, decoders, processes, on_failure)
         on_failure.pop_all()
     return made
 
@@ -106,6 +107,7 @@ def _composed(
     begins_after: int | None,
     decoders: Decoders,
     processes: Processes,
+    on_failure: ExitStack,
 ) -> Run:
     tasks = make_tasks(config)
     samples = processes.in_turn(lambda: load_data(config, tasks, decoders=decoders))
@@ -137,10 +139,13 @@ def _composed(
     try_tasks(model, samples[Split.TRAIN], autocast(config))
     compiled, notes, seconds = compile_units(config, model, samples[Split.TRAIN], total)
     config = config.replaced(compile=compiled)
+    schedule = make_schedule(config.optim, optimizer, total, feed.steps_per_epoch)
+    forward = processes.parallel(model, lambda: has_unused(model, samples[Split.TRAIN], autocast(config)))
     held: list[Lock] = []
 
     def placed() -> Path:
         directory, lock = place(config)
+        on_failure.callback(lock.close)
         held.append(lock)
         return directory
 
@@ -149,8 +154,8 @@ def _composed(
     try:
         tracker = TensorBoard(directory / "tb", begins) if processes.writes else Nowhere()
     except OSError as error:
-        held[0].close()
         raise RunError(f"cannot write {str(directory / 'tb')!r}: {error.strerror or error}") from None
+    on_failure.callback(tracker.close)
     return Run(
         config=config,
         directory=directory,
@@ -159,7 +164,7 @@ def _composed(
         feed=feed,
         balancer=balancer,
         optimizer=optimizer,
-        schedule=make_schedule(config.optim, optimizer, total, feed.steps_per_epoch),
+        schedule=schedule,
         l2=L2(optimizer, config.optim.l2),
         autocast=autocast(config),
         tracker=tracker,
@@ -168,7 +173,7 @@ def _composed(
         progress=progress or Silent(),
         decoders=decoders,
         lock=held[0] if held else None,
-        forward=processes.parallel(model, lambda: has_unused(model, samples[Split.TRAIN], autocast(config))),
+        forward=forward,
         processes=processes,
         notes=[*brought, *warnings_of(samples), *warnings_of_labels(tasks, samples[Split.TRAIN]), *why_not, *notes],
         warm_up_seconds=seconds,
@@ -280,7 +285,11 @@ def make_model(
     make = backbone_maker(BACKBONES.get(backbone.name), shape, backbone.options)
     inputs = {name: Standardize(shape, standardize) for name in sorted({task.dataset for task in tasks})}
     model = MultiTaskModel(tasks, make, sharing, inputs, shape, seed, pretrained)
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model.to(device)
+    for one in (*model.parameters(), *model.buffers()):
+        if one.ndim == 4:  # of others there is no such layout
+            one.data = one.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def make_balancer(choice: Choice, tasks: list[Task]) -> Balancer:

@@ -251,7 +251,7 @@ def _check(
             raise DataError(f"{where}: task {task.name!r} wants " + unknown("target", task.target, data.labels))
         labels, seen = data.labels[task.target], masks[task.name]
         try:
-            labels = _renumbered(labels, seen, data.classes.get(task.target), task.head)
+            labels, seen = _renumbered(labels, seen, data.classes.get(task.target), task.head)
             target = task.head.targets(labels, seen)
             if not seen.any():
                 raise DataError("no sample is labelled")
@@ -274,22 +274,28 @@ def named(task: Task, classes: Mapping[str, tuple[str, ...]]) -> Head:
         raise DataError(f"dataset {task.dataset!r}, task {task.name!r}: {error}") from error
 
 
-def _renumbered(labels: Tensor, seen: Tensor, names: tuple[str, ...] | None, head: Head) -> Tensor:
-    """Labels that stand for `names` as the head numbers them: one that was restored may know more, or in another order.
+def _renumbered(labels: Tensor, seen: Tensor, names: tuple[str, ...] | None, head: Head) -> tuple[Tensor, Tensor]:
+    """Labels that stand for `names`, and their mask, as the head numbers them: one that was restored may know more, or in
+    another order. Of columns that have names the head takes those that it names.
 
     Raises:
-        DataError: a class that occurs and that the head does not know.
+        DataError: a class that occurs and that the head does not know, or a column that it names and that there is not.
     """
-    known = head.class_names()
+    known, wanted = head.class_names(), head.column_names()
+    if names is not None and wanted is not None and names != wanted and labels.ndim == 2 and labels.shape[1] == len(names):
+        if missing := [name for name in wanted if name not in names]:
+            raise DataError(unknown("column", missing[0], names))
+        columns = [names.index(name) for name in wanted]
+        return labels[:, columns], seen if seen.ndim == 1 else seen[:, columns]
     if names is None or known is None or names == known or labels.is_floating_point() or labels.ndim != 1:
-        return labels
+        return labels, seen
     place = torch.tensor([known.index(name) if name in known else -1 for name in names])
     inside = (labels >= 0) & (labels < len(names))
     found = torch.where(inside, place[torch.where(inside, labels, 0).long()], labels.long())
     if (strange := inside & seen & (found < 0)).any():
         new = names[int(labels[strange][0])]
         raise DataError(f"class {new!r} is none of those that the task knows: {', '.join(known)}")
-    return found
+    return found, seen
 
 
 def fit_heads(tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Task]:

@@ -195,14 +195,14 @@ def has_unused(
 
 
 def mean_score(tasks: tuple[Task, ...], figures: Mapping[str, TaskFigures]) -> float | None:
-    """`mean_of_scores` of the tasks; None where there are no figures.
+    """`mean_of_scores` of the tasks that have figures, as those of a dataset without this split have not; None where none has.
 
     Raises:
         DataError: a score is not a number.
     """
     if not figures:
         return None
-    scores = {task.name: figures[task.name][task.score_name] for task in tasks}
+    scores = {task.name: figures[task.name][task.score_name] for task in tasks if task.name in figures}
     if bad := [name for name, score in scores.items() if score is None]:
         raise DataError(
             f"the score of {', '.join(bad)} is not a number on this split: its labels may lack a class there; hold out more "

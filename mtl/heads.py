@@ -83,6 +83,12 @@ class Head(ABC):
         """
         return None
 
+    def column_names(self) -> tuple[str, ...] | None:
+        """What the columns of labels (N, K) stand for; None where they have no names. Of a dataset that names its columns they
+        are taken by these.
+        """
+        return None
+
     def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
         """Several models' outputs for the same samples as one, for an ensemble. Default: their mean; where outputs are logits,
         those of the mean probabilities.

@@ -1,8 +1,9 @@
 """The network of N tasks: a shared trunk where there is one, a tower per task, exchange units between towers, heads.
 
 A parameter's name says what it is whatever the kind of sharing: `towers.<task>.<its name in the plain network>`,
-`trunk.<its name in the plain network>`, `units.<point>.<its name in the unit>`, `heads.<task>.<its name in the head>`. How a
-dataset is standardised is part of the model (`inputs.<dataset>.mean`), so weights alone are enough to predict from raw images.
+`trunk.<its name in the plain network>`, `units.<point>.<its name in the unit>` (the dots of a point as slashes),
+`heads.<task>.<its name in the head>`. How a dataset is standardised is part of the model (`inputs.<dataset>.mean`), so weights
+alone are enough to predict from raw images.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class MultiTaskModel(nn.Module):
         with seeded(seed, "trunk"):
             trunk = make_backbone()
         plan = sharing.plan(trunk.points)
+        if plan.named and plan.named != plan.points:
+            _cut(trunk, plan.named)
         self.stages: list[Stage] = _cut(trunk, plan.points)
         self.shared_stages = plan.shared
         self.input_shape = tuple(input_shape)
@@ -305,7 +308,7 @@ class MultiTaskModel(nn.Module):
         parameters = dict(self.named_parameters())
         wrong = []
         for pattern in patterns:
-            names = [n for n in parameters if fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
+            names = [name for name in parameters if _means(pattern, name)]
             for name in names:
                 parameters[name].requires_grad_(False)
             if not names:
@@ -358,6 +361,11 @@ def _cut(backbone: Backbone, points: Sequence[str]) -> list[Stage]:
         raise CutError(
             f"{error.problems[0]}; sharing.points=null takes the backbone's own: {', '.join(backbone.points)}"
         ) from error
+
+
+def _means(pattern: str, name: str) -> bool:
+    """Whether a pattern means a parameter; a unit's layer point may be written with its own dots."""
+    return any(fnmatchcase(one, pattern) or _within(one, pattern) for one in (name, name.replace("/", ".")))
 
 
 def _within(name: str, module: str) -> bool:

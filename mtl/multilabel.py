@@ -37,6 +37,10 @@ class MultiLabel(DataclassHead):
         if not 0 < self.threshold < 1:
             raise MTLError(f"MultiLabel(threshold={self.threshold!r}); it is a probability between 0 and 1")
 
+    def column_names(self) -> tuple[str, ...]:
+        """`classes`."""
+        return tuple(self.classes)
+
     def build(self, features: tuple[int, ...]) -> nn.Module:
         """(B, *features) -> logits (B, K)."""
         return FeatureHead(features, len(self.classes))

@@ -122,7 +122,7 @@ def make_schedule(
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
     if config.schedule == "one_cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        rise = warmup / steps if warmup else 0.3
+        rise = max(warmup, 2) / steps if warmup and steps > 2 else 0.3  # torch's phases cannot be of one step
         return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(steps, 2), pct_start=rise, cycle_momentum=False)
     after: lr_scheduler.LRScheduler
     if config.schedule == "cosine":

@@ -187,7 +187,8 @@ class Several(Processes):
         return found[0]
 
     def parallel(self, model: nn.Module, unused: Callable[[], bool]) -> nn.Module:
-        devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+        device = next(model.parameters()).device
+        devices = [device] if device.type == "cuda" else None
         made = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=unused())
         made.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
         return made

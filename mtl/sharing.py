@@ -30,6 +30,7 @@ class Plan:
         exchange: the points after which towers exchange.
         unit: makes an exchange unit from the number of towers and the shape of one sample's feature.
         check: complains about units that should not be made, from the number of towers and the shape at each point.
+        named: points that must exist, though nothing is cut there.
     """
 
     points: tuple[str, ...]
@@ -37,6 +38,7 @@ class Plan:
     exchange: tuple[str, ...] = ()
     unit: Callable[[int, tuple[int, ...]], ExchangeUnit] | None = None
     check: Callable[[int, Mapping[str, tuple[int, ...]]], None] | None = None
+    named: tuple[str, ...] = ()
 
 
 class Sharing(Options, ABC):
@@ -96,7 +98,7 @@ class SplitAt(Sharing):
         points = self.points or tuple(declared)
         if self.at not in points:
             points = (self.at,)
-        return Plan(points, shared=points.index(self.at) + 1)
+        return Plan(points, shared=points.index(self.at) + 1, named=self.points or ())
 
 
 class Exchange(Sharing):

@@ -89,6 +89,11 @@ def expected_labels(run: Run, step: Step) -> list[float]:
     return [size[t.dataset] * run.feed.samples[t.dataset].shares[t.name] for t in run.model.tasks]
 
 
+def _on(device: torch.device, count: int | Tensor) -> Tensor:
+    """A number on a device, of which the host does not wait for the copy: it is filled in there."""
+    return count if isinstance(count, Tensor) else torch.full((), count, device=device)
+
+
 def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
     """Per task: how many labels this step holds; on the device where some are missing."""
     counts: list[int | Tensor] = [0] * len(run.model.tasks)
@@ -98,4 +103,4 @@ def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
             counts[i] = counts[i] + of[task.dataset].labels(task.name)
     if run.processes.count == 1:
         return counts
-    return list(run.processes.summed(torch.stack([torch.as_tensor(n, device=run.weights.device) for n in counts])))
+    return list(run.processes.summed(torch.stack([_on(run.weights.device, n) for n in counts])))

@@ -367,6 +367,19 @@ def test_a_head_takes_its_classes_from_the_data_and_knows_them_again(head: type[
         mtl.evaluate_run("run", "test")
 
 
+def test_columns_are_taken_by_the_names_that_the_head_and_the_data_give_them() -> None:
+    columns, seen = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 1]] * 2), np.array([[True, False, True]] * 6)
+    register("flags", labels={"t": columns}, valid={"t": seen}, classes={"t": ("b", "a", "c")})
+    task = mtl.Task("flags", "t", mtl.MultiLabel(("a", "b")), name="t")
+    part = load_splits("flags", [task], Path(), None, 0, 0, "cpu")[mtl.Split.TRAIN]
+    assert part.targets["t"].tolist() == [[0, 0], [0, 1], [0, 0]] * 2  # what is not labelled is 0
+    assert part.valid["t"] is not None
+    assert part.valid["t"].tolist() == [[False, True]] * 6
+    wrong = replace(task, head=mtl.MultiLabel(("a", "x")))
+    with pytest.raises(mtl.DataError, match="dataset 'flags', train split, task 't': unknown column 'x'; known: a, b, c"):
+        load_splits("flags", [wrong], Path(), None, 0, 0, "cpu")
+
+
 def register_pet_kind(head: type[mtl.Head]) -> None:
     @mtl.register_task("pet_kind")
     def pet_kind() -> mtl.Task:

@@ -330,3 +330,11 @@ def test_frozen_batch_norm_without_parameters_keeps_its_statistics() -> None:
     model({"tiny": torch.rand(4, 1, 8, 8)})
     assert int(model.towers["t0"][0].num_batches_tracked) == 0
     assert int(model.towers["t1"][0].num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    "sharing", [mtl.Unshared(points=("typo",)), mtl.SplitAt(at="pool2", points=("typo",))], ids=lambda s: s.kind
+)
+def test_points_that_nothing_is_cut_at_must_exist(sharing: Sharing) -> None:
+    with pytest.raises(mtl.ConfigError, match="typo"):
+        make(sharing)

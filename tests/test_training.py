@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ from mtl.checkpoints import weights_file
 from mtl.config import RunConfig
 from mtl.data import Split
 from mtl.evaluation import summed_loss
+from mtl.locking import Lock
 from mtl.run import Run, State
 from mtl.step import expected_labels, train_step
 from mtl.tracking import draw_coupling
@@ -175,6 +177,7 @@ def test_clipping_bounds_the_global_norm(ready: Callable[..., Run]) -> None:
         ({"schedule": "constant", "warmup_epochs": 1}, [0.25, 0.5, 0.75, 1, 1, 1]),
         ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]),
         ({"schedule": "one_cycle", "momentum": 0.5}, [0.04, None, None, None, None, 4e-6]),
+        ({"schedule": "one_cycle", "warmup_epochs": 0.3}, [0.04, 1, None, None, None, 4e-6]),  # of one step, which takes two
     ],
     ids=str,
 )
@@ -193,6 +196,42 @@ def test_schedules(ready: Callable[..., Run], optim: dict[str, Any], expected: l
     if optim["schedule"] == "one_cycle":
         assert max(rates) <= 1 + 1e-9
         assert max(rates) > 0.5
+
+
+def test_one_cycle_of_two_steps_of_which_one_warms_up(ready: Callable[..., Run]) -> None:
+    run = ready(optim={"schedule": "one_cycle", "warmup_epochs": 1}, max_steps=2)
+    train_step(run, next(run.feed.epoch(1)))
+    train_step(run, next(run.feed.epoch(1)))
+
+
+def test_what_cannot_be_built_leaves_no_directory_or_no_lock(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    config = RunConfig(**tiny_config)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_schedule", "L2"):
+            patch.setattr(build, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                mtl.train(config, "run")
+            assert Path("run").exists() == (name == "L2")
+            patch.undo()
+    with Lock(Path("run")):
+        pass
+
+
+def test_a_dataset_without_a_test_split_beside_one_that_has_one(tiny_config: dict[str, Any], in_tmp: Path) -> None:
+    """Weights are chosen by all tasks; the test score is that of those that can be tested."""
+
+    @mtl.register_dataset("untested", splits=("train",))
+    def untested(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+        return make_tiny(48, split)
+
+    mtl.register_task("untested_b")(lambda: mtl.Task("untested", "b", mtl.Classification(("falling", "rising"))))
+    result = mtl.train(RunConfig(**{**tiny_config, "tasks": ["tiny_a", "untested_b"]}), "run")
+    assert result.test is not None
+    assert result.val is not None
+    assert set(result.test) == {"tiny_a", "score"}
+    assert result.test["score"] == pytest.approx(result.test["tiny_a"]["accuracy"])
+    assert set(result.val) == {"tiny_a", "untested_b", "score"}
+    assert mtl.evaluate_run("run", "test") == result.test
 
 
 def test_uncertainty_weighting_by_hand(ready: Callable[..., Run]) -> None:
@@ -614,3 +653,29 @@ def test_names_that_modules_have_a_use_for_are_refused(tmp_path: Path, tiny_conf
     message = rf"{kind} name '{offender}' is an attribute of torch modules; call it {offender}_{kind}"
     with pytest.raises(mtl.PluginError, match=message):
         mtl.train(RunConfig(**{**tiny_config, "tasks": [name]}), tmp_path / "run")
+
+
+def test_a_unit_is_frozen_by_the_name_of_its_layer_point(ready: Callable[..., Run]) -> None:
+    run = ready(
+        backbone="mobilenet_v3_small",
+        sharing={"kind": "cross_stitch", "points": ["features.3"]},
+        optim={"freeze": "units.features.3"},
+    )
+    assert [name for name, p in run.model.named_parameters() if not p.requires_grad] == ["units.features/3.alpha"]
+
+
+def test_parameters_of_five_dimensions_are_left_as_they_are(ready: Callable[..., Run]) -> None:
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images, self.volumes = nn.Conv2d(1, 4, 3), nn.Conv3d(1, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.volumes(self.images(x)[:, None]).flatten(1)
+
+    mtl.register_backbone("volumes")(lambda input_shape: Volumes())
+    run = ready(backbone="volumes", sharing="unshared")
+    tower = run.model.towers["tiny_a"]
+    assert tower.images.weight.is_contiguous(memory_format=torch.channels_last)
+    assert tower.volumes.weight.is_contiguous()
+    assert torch.isfinite(train_step(run, next(run.feed.epoch(1)))).all()
