@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from mtl.tables import read_table as read_table
     from mtl.tables import table_columns as table_columns
     from mtl.task import Task as Task
+    from mtl.torch_data import TorchDataset as TorchDataset
     from mtl.units import ExchangeUnit as ExchangeUnit
 
     load_config = _load
@@ -119,6 +120,7 @@ _HOME = {
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
     "subsets": ("hashed_split",),
     "survey": ("dry_run",),
+    "torch_data": ("TorchDataset",),
     "tables": ("match_names", "read_table", "table_columns"),
     "task": ("Task",),
     "units": ("ExchangeUnit",),

@@ -22,7 +22,7 @@ from mtl.data import Samples
 from mtl.errors import ConfigError
 from mtl.options import Options
 from mtl.sampling import Mixing, class_balanced, earlier
-from mtl.seeding import hash_uniform, permutation
+from mtl.seeding import Draws, derive_seed, hash_uniform, permutation
 
 
 class Augment(Options):
@@ -207,7 +207,8 @@ class Feed:
         else:
             padded = [[] for _ in bounds]
         index, sample = order.to(device), sample.to(device)
-        batches = zip(bounds, part.image_batches(bounds, order), wholes, padded, strict=True)
+        draws = Draws(derive_seed(self.seed, "sample", name, epoch), sample.cpu())
+        batches = zip(bounds, part.image_batches(bounds, order, draws), wholes, padded, strict=True)
         for (a, b), (images, unread), whole, padding in batches:
             images = self.augment(images, sample[a:b], self.seed, "augment", name, epoch)
             yield _batch(part, index[a:b], images, [*unread, *padding], whole)

@@ -26,6 +26,7 @@ from mtl.heads import Head
 from mtl.options import Options
 from mtl.portions import Masks, Portion, carve, label_mask, subset, used
 from mtl.registry import DATASETS, Plugin
+from mtl.seeding import Draws
 from mtl.task import Task, check_name
 
 
@@ -47,7 +48,9 @@ class LazyImages(Protocol):
     @property
     def shape(self) -> torch.Size: ...
     def __getitem__(self, index: Tensor | slice) -> Tensor: ...
-    def batches(self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None) -> Iterator[tuple[Tensor, list[int]]]: ...
+    def batches(
+        self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None, draws: Draws | None = None
+    ) -> Iterator[tuple[Tensor, list[int]]]: ...
     def brought_to(self, shape: tuple[int, ...]) -> LazyImages: ...
 
 
@@ -81,7 +84,7 @@ class Samples:
         return tuple(self.images.shape[1:])
 
     def image_batches(
-        self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None
+        self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None, draws: Draws | None = None
     ) -> Iterator[tuple[Tensor, list[int]]]:
         """Images (B, ...) on the device for each (start, stop), one batch after the other; files are decoded ahead. With the
         positions in it of images that could not be read, which are not to be counted.
@@ -89,9 +92,10 @@ class Samples:
         Args:
             bounds: of each batch.
             order: int64 on the CPU, of the positions that `bounds` are about; None: as they are, then without a copy.
+            draws: from what images that draw at random do so; None: always alike.
         """
         if not isinstance(self.images, Tensor):
-            yield from self.images.batches(bounds, order)
+            yield from self.images.batches(bounds, order, draws)
             return
         order = None if order is None else order.to(self.images.device)
         for start, stop in bounds:
@@ -224,7 +228,7 @@ def load_dataset(plugin: Plugin, split: Split, root: Path, options: BaseModel | 
         return None
     if not isinstance(data, Dataset):
         raise PluginError(
-            f"{plugin} must give an mtl.ArrayDataset or mtl.ImageFiles for the {split} split; found "
+            f"{plugin} must give an mtl.ArrayDataset, mtl.ImageFiles or mtl.TorchDataset for the {split} split; found "
             f"{type(data).__name__}; a dataset without that split leaves it out of register_dataset(..., splits=(...))"
         )
     return data

@@ -210,9 +210,11 @@ class FileImages:
         failed = [i for i in range(count) if not self._read(images, asked, i)]
         return self._finished(images, failed)
 
-    def batches(self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None) -> Iterator[tuple[Tensor, list[int]]]:
+    def batches(
+        self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None, draws: object = None
+    ) -> Iterator[tuple[Tensor, list[int]]]:
         """One batch uint8 (B, C, H, W) on the device for each (start, stop), of the images in `order`, int64 on the CPU; and
-        the positions in it of files that cannot be read.
+        the positions in it of files that cannot be read. Nothing is drawn.
 
         Raises:
             DataError: more files cannot be read than may be.

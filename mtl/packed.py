@@ -87,8 +87,10 @@ class PackedImages:
             pixels = pixels.pin_memory()
         return resize_batch(pixels.to(self.device, non_blocking=True), self._shape)
 
-    def batches(self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None) -> Iterator[tuple[Tensor, list[int]]]:
-        """One batch for each (start, stop), of the images in `order`; all of them can be read."""
+    def batches(
+        self, bounds: Sequence[tuple[int, int]], order: Tensor | None = None, draws: object = None
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """One batch for each (start, stop), of the images in `order`; all of them can be read, and nothing is drawn."""
         images = self if order is None else self.subset(order)
         for start, stop in bounds:
             yield images[start:stop], []

@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,14 @@ def derive_seed(seed: int, *names: str | int) -> int:
     """
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Draws(NamedTuple):
+    """Where what is drawn for samples comes from: for each a stream of its own, (seed, number)."""
+
+    seed: int
+    sample: Tensor
+    """int64 (N,) on the CPU, the numbers."""
 
 
 def permutation(n: int, seed: int, *names: str | int) -> Tensor:

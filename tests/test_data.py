@@ -107,7 +107,9 @@ def test_plugin_failures_are_reported_with_the_plugin() -> None:
         match=r"train split: dataset 'raises_inside' \(.*test_data.py\) failed \(test_data.py, line \d+\): KeyError",
     ):
         load("raises_inside")
-    with pytest.raises(mtl.PluginError, match=r"must give an mtl.ArrayDataset or mtl.ImageFiles for .* split; found list"):
+    with pytest.raises(
+        mtl.PluginError, match=r"must give an mtl.ArrayDataset, mtl.ImageFiles or mtl.TorchDataset for .* split; found list"
+    ):
         load("gives_a_list")
 
 

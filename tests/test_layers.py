@@ -79,6 +79,7 @@ RANK = {
     "balancing": 2,
     "decoder": 2,
     "files": 3,
+    "torch_data": 3,
     "heads": 2,
     "optim": 2,
     "sharing": 2,

@@ -40,9 +40,30 @@ def test_paths_in_the_readme_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+FEW = """
+from PIL import Image
+
+
+class CIFAR10:
+    \"\"\"A stand-in for torchvision's, which is downloaded.\"\"\"
+
+    classes = ["dark", "light"]
+
+    def __init__(self, root, train=True, transform=None, download=False):
+        self.targets, self.transform = [0, 1] * (32 if train else 8), transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        image = Image.new("RGB", (32, 32), (40 + 150 * self.targets[i],) * 3)
+        return (self.transform(image) if self.transform else image), self.targets[i]
+"""
+
+
 def test_the_python_snippets_run(in_tmp: Path) -> None:
     """The first as a program, the others beside it as the plugins they show; what they register trains together."""
-    comparing, program, pictures, heads, plugins, predicting = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    comparing, program, pictures, torchs, heads, plugins, predicting = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     small = '["epochs=1", "backbone.width=0.1", "data.datasets.shapes={train: 200, test: 40}", "data.validation=20"]'
     Path("comparing.py").write_text(comparing.replace('["epochs=2"]', small).replace("examples/", f"{ROOT}/examples/"))
     done = subprocess.run([sys.executable, "comparing.py"], capture_output=True, text=True, check=False)
@@ -79,6 +100,12 @@ def test_the_python_snippets_run(in_tmp: Path) -> None:
     Path("fruit.yaml").write_text(config)
     of_files = ["fruit.yaml", "--plugin", "pictures.py", "epochs=1", "data.workers=1", "data.root=data", "--run-dir", "three"]
     trained = subprocess.run([*command[:4], *of_files], capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    Path("torchs.py").write_text(torchs.replace("torchvision.datasets", "few"))
+    Path("few.py").write_text(FEW)
+    Path("torchs.yaml").write_text("{tasks: [cifar10_kind], data: {validation: 0.1}}")
+    of_torch = ["torchs.yaml", "--plugin", "torchs.py", "epochs=1", "data.workers=1", "--run-dir", "four"]
+    trained = subprocess.run([*command[:4], *of_torch], capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
     done = subprocess.run([sys.executable, "-W", "error", "snippet.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
