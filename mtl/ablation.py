@@ -125,7 +125,7 @@ class Ablated(nn.Module):
             targets=also(part.targets),
             valid=also(part.valid),
             labelled=also(part.labelled),
-            shares=also(part.shares),
+            labelled_share=also(part.labelled_share),
         )
 
 

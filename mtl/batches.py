@@ -107,7 +107,7 @@ class Feed:
             in an order of its own; a shorter one sees a part, another one each time.
         mixing: of several datasets.
         balanced: tasks whose classes are drawn equally often, one of a dataset at most.
-        share: (rank, count) of the process, of several that share every batch.
+        shard: (rank, count) of the process, of several that share every batch.
 
     Raises:
         ConfigError: augmentation of what is no image, or classes to be balanced that are none.
@@ -123,7 +123,7 @@ class Feed:
         epoch_steps: int | None = None,
         mixing: Mixing | None = None,
         balanced: Sequence[str] = (),
-        share: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.samples = {name: samples[name] for name in sorted(samples)}
         self.augment = augment or Augment()
@@ -134,7 +134,7 @@ class Feed:
                 raise ConfigError([f"data.augment.crop={self.augment.crop} is not below the image size {part.shape[-2:]}"])
         self.seed = seed
         self.accumulate = accumulate
-        self.share = share
+        self.shard = shard
         mixing = mixing or Mixing()
         counts = {name: len(part) for name, part in self.samples.items()}
         self.batch_sizes = mixing.batch_sizes(counts, batch_size)
@@ -199,9 +199,9 @@ class Feed:
         device = part.images.device
         sample = order + earlier(order) * len(part)
         wholes = [b - a for a, b in bounds]
-        if self.share[1] > 1 and bounds:
-            shares = [share_of(a, b, *self.share) for a, b in bounds]
-            places, padded = [torch.tensor(mine) for mine, _ in shares], [padding for _, padding in shares]
+        if self.shard[1] > 1 and bounds:
+            shards = [shard_of(a, b, *self.shard) for a, b in bounds]
+            places, padded = [torch.tensor(mine) for mine, _ in shards], [padding for _, padding in shards]
             order, sample = order[torch.cat(places)], sample[torch.cat(places)]
             bounds = list(itertools.pairwise(itertools.accumulate(map(len, places), initial=0)))
         else:
@@ -233,13 +233,13 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
-def share_of(start: int, stop: int, rank: int, count: int) -> tuple[list[int], list[int]]:
-    """A process's share of a batch: every `count`-th position, and which of its own places only fill it up.
+def shard_of(start: int, stop: int, rank: int, count: int) -> tuple[list[int], list[int]]:
+    """A process's shard of a batch: every `count`-th position, and which of its own places only fill it up.
 
-    All shares have the same length, at least 2, for batch norm refuses one; what fills them up is the batch's first samples
+    All shards have the same length, at least 2, for batch norm refuses one; what fills them up is the batch's first samples
     again, and is not to be counted.
 
-    >>> share_of(10, 15, 1, 2)
+    >>> shard_of(10, 15, 1, 2)
     ([11, 13, 10], [2])
     """
     mine = list(range(start + rank, stop, count))
@@ -248,11 +248,11 @@ def share_of(start: int, stop: int, rank: int, count: int) -> tuple[list[int], l
     return [*mine, *filled], list(range(len(mine), length))
 
 
-def in_order(part: Samples, batch_size: int, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+def in_order(part: Samples, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
     """The samples of a split in their own order, for evaluation: of what is in memory slices, without a copy. Of several
     processes, (rank, count), each takes every `count`-th batch.
     """
-    rank, count = share
+    rank, count = shard
     bounds = [(a, min(a + batch_size, len(part))) for a in range(0, len(part), batch_size)][rank::count]
     for (a, b), (images, unread) in zip(bounds, part.image_batches(bounds), strict=True):
         yield _batch(part, slice(a, b), images, unread)
@@ -265,7 +265,7 @@ def first(part: Samples, count: int) -> Batch:
 
 
 def _batch(part: Samples, index: Tensor | slice, images: Tensor, unread: list[int], whole: int | None = None) -> Batch:
-    """Samples and their images; those whose image could not be read, or that only fill up a share, have no labels."""
+    """Samples and their images; those whose image could not be read, or that only fill up a shard, have no labels."""
     targets = {task: target[index] for task, target in part.targets.items()}
     valid = {task: None if mask is None else mask[index] for task, mask in part.valid.items()}
     if unread:

@@ -146,7 +146,7 @@ def _labels(of: _Subject) -> str:
     parts = checked_splits(of.task.dataset, of.parts, [of.task], 0.2, 0, "cpu")
     (of.task,) = fit_heads([of.task], {of.task.dataset: parts[Split.TRAIN]})
     of.samples = parts
-    labelled = ", ".join(f"{split} {part.shares[of.name]:.0%}" for split, part in parts.items())
+    labelled = ", ".join(f"{split} {part.labelled_share[of.name]:.0%}" for split, part in parts.items())
     return f"in range in every split; labelled: {labelled}"
 
 

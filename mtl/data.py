@@ -63,7 +63,7 @@ class Samples:
 
     `classes[target]` is what a target's labels stand for, where the dataset says so.
     `valid[task]` is bool, (N,) or of the target's shape, or None where every label exists; `labelled[task]` counts those that
-    do, and `shares[task]` is the part of all labels that do.
+    do, and `labelled_share[task]` is the part of all labels that do.
     """
 
     dataset: str
@@ -71,7 +71,7 @@ class Samples:
     targets: Mapping[str, Tensor]
     valid: Mapping[str, Tensor | None]
     labelled: Mapping[str, int]
-    shares: Mapping[str, float]
+    labelled_share: Mapping[str, float]
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     set_aside: SetAside = field(default_factory=SetAside)
 
@@ -249,7 +249,7 @@ def _check(
     targets: dict[str, Tensor] = {}
     valid: dict[str, Tensor | None] = {}
     labelled: dict[str, int] = {}
-    shares: dict[str, float] = {}
+    labelled_share: dict[str, float] = {}
     for task in tasks:
         if task.target not in data.labels:
             raise DataError(f"{where}: task {task.name!r} wants " + unknown("target", task.target, data.labels))
@@ -264,8 +264,8 @@ def _check(
         targets[task.name] = target.to(device)
         valid[task.name] = None if seen.all() else seen.to(device)
         labelled[task.name] = int(seen.sum())
-        shares[task.name] = labelled[task.name] / seen.numel()
-    return Samples(name, data.placed(device, reading), targets, valid, labelled, shares, data.classes, data.set_aside)
+        labelled_share[task.name] = labelled[task.name] / seen.numel()
+    return Samples(name, data.placed(device, reading), targets, valid, labelled, labelled_share, data.classes, data.set_aside)
 
 
 def named(task: Task, classes: Mapping[str, tuple[str, ...]]) -> Head:

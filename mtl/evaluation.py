@@ -94,15 +94,15 @@ def _evaluate_dataset(
 ) -> dict[str, TaskFigures]:
     tasks = model.present([part.dataset])
     seen = [_Seen(task, part) for task in tasks]
-    share = (processes.rank, processes.count)
+    shard = (processes.rank, processes.count)
     rounds = math.ceil(len(part) / batch_size / processes.count)
-    for batch in itertools.islice(itertools.chain(in_order(part, batch_size, share), itertools.repeat(None)), rounds):
+    for batch in itertools.islice(itertools.chain(in_order(part, batch_size, shard), itertools.repeat(None)), rounds):
         found = None
         if batch is not None:
             with autocast():
                 outputs = model({part.dataset: batch.images}).outputs
             found = [of.found(outputs[of.task.name], batch) for of in seen]
-        for theirs in processes.gathered(found):
+        for theirs in processes.gather(found):
             for of, one in zip(seen, theirs or [], strict=False):
                 of.add(*moved(one, part.images.device))
         if between is not None:
@@ -138,7 +138,7 @@ def _figures(seen: Sequence[_Seen], part: Samples) -> dict[str, TaskFigures]:
         task, n = of.task, int(of.labels)  # without those of images that could not be read
         if not n:
             raise DataError(f"dataset {part.dataset!r}, task {task.name!r}: no image with its label can be read")
-        loss = of.loss.item() / (len(part) * part.shares[task.name] * n / part.labelled[task.name])
+        loss = of.loss.item() / (len(part) * part.labelled_share[task.name] * n / part.labelled[task.name])
         try:
             computed = of.meter.compute()
         except Exception as error:

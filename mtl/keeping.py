@@ -106,7 +106,7 @@ class Keeper:
             return
         started = time.monotonic()
         self.run.guard.settle()
-        ranks = self.run.processes.gathered((random_values(), random_tensors()))
+        ranks = self.run.processes.gather((random_values(), random_tensors()))
         self.run.processes.first(lambda: self._write(f"{kind}-{self._number + 1:06d}", ranks))
         self._number += 1
         self._whole.append(self._number)
@@ -134,7 +134,7 @@ class Keeper:
             KeyboardInterrupt, SystemExit: it was.
         """
         asked = self.interruption.signal
-        agreed, number = self.run.processes.most([int(due and self.run.processes.writes), asked or 0])
+        agreed, number = self.run.processes.all_reduce_max([int(due and self.run.processes.writes), asked or 0])
         if number:
             self.interruption.agree(number)
         self.stop_if_asked(kind)

@@ -133,7 +133,7 @@ def _short(value: float) -> str:
 
 def tell_aside(run: Run) -> None:
     """Say what was found meanwhile that cannot be used, by any process."""
-    for found in run.processes.gathered(run.aside.unreadable())[1:]:
+    for found in run.processes.gather(run.aside.unreadable())[1:]:
         run.aside.add(found)
     for line in run.aside.news():
         run.progress.line(line)

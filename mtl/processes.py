@@ -49,15 +49,15 @@ class Processes(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over processes, on the device, in all of them; gradients pass to this process's own part."""
 
     @abstractmethod
-    def alike(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give these the values that the first process has."""
 
     @abstractmethod
-    def most(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         """The largest of each place, on the host."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Processes(ABC):
         """What `action` gives in the first process, alone in calling it; its error in the others, too."""
 
     @abstractmethod
-    def gathered(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Everybody's value, by rank, in the first process, tensors of several on the CPU; in the others an empty list."""
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Processes(ABC):
         """
 
     @abstractmethod
-    def unsummed(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
         """A forward and backward pass of what `parallel` gave, whose gradients are not added up yet."""
 
 
@@ -93,19 +93,19 @@ class Alone(Processes):
     def __init__(self, again: bool = False) -> None:
         self.again = again
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def alike(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         return
 
-    def most(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         return list(values)
 
     def first(self, action: Callable[[], T]) -> T:
         return action()
 
-    def gathered(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         return [value]
 
     def in_turn(self, action: Callable[[], T]) -> T:
@@ -114,7 +114,7 @@ class Alone(Processes):
     def parallel(self, model: nn.Module, unused: Callable[[], bool]) -> nn.Module:
         return model
 
-    def unsummed(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
         return nullcontext()
 
 
@@ -132,18 +132,18 @@ class Several(Processes):
     def __init__(self, local_rank: int, again: bool) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.local_rank = local_rank
-        self.again = bool(self.most([again])[0])
+        self.again = bool(self.all_reduce_max([again])[0])
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
         _together(lambda: dist.all_reduce(total))
         return _Whole.apply(tensor, total) if tensor.requires_grad else total
 
-    def alike(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             _together(partial(dist.broadcast, tensor, 0))
 
-    def most(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         found = torch.tensor(values)
         _together(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
         return [int(value) for value in found]
@@ -163,7 +163,7 @@ class Several(Processes):
             raise RunError(f"the first process failed: {said[1]}")
         return said[0]  # type: ignore[no-any-return]
 
-    def gathered(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         found: list[Any] | None = [None] * self.count if self.rank == 0 else None
         here = moved(value, torch.device("cpu"))
         _together(lambda: dist.gather_object(here, found))
@@ -179,7 +179,7 @@ class Several(Processes):
                     found.append(action())
                 except MTLError as error:
                     failed = error
-            [bad] = self.most([0 if failed is None else self.rank + 1])
+            [bad] = self.all_reduce_max([0 if failed is None else self.rank + 1])
             if failed is not None:
                 raise failed
             if bad:
@@ -193,7 +193,7 @@ class Several(Processes):
         made.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
         return made
 
-    def unsummed(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
         assert isinstance(model, DistributedDataParallel)
         return model.no_sync()
 

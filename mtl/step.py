@@ -33,10 +33,10 @@ def train_step(run: Run, step: Step) -> Tensor:
     total = torch.zeros(len(run.model.tasks) + 1, device=run.weights.device)
     run.guard.begin()
     for i, batches in enumerate(step, start=1):
-        with run.processes.unsummed(run.forward) if i < len(step) else nullcontext():
+        with run.processes.no_sync(run.forward) if i < len(step) else nullcontext():
             features, losses = task_losses(run, run.forward, batches, expected)
             if run.processes.count > 1:
-                losses = list(run.processes.summed(torch.stack(losses)))
+                losses = list(run.processes.all_reduce(torch.stack(losses)))
             weighted = [loss * weight for loss, weight in zip(losses, run.weights, strict=True)]
             if run.guard.admits(weighted):
                 objective = run.balancer.backward(weighted, features, run.shared_parameters)
@@ -77,7 +77,7 @@ def losses_again(run: Run, step: Step) -> Tensor:
 
     expected = expected_labels(run, step)
     losses = [torch.stack(task_losses(run, forward, batches, expected)[1]) for batches in step]
-    return run.weights * run.processes.summed(torch.stack(losses).sum(0))
+    return run.weights * run.processes.all_reduce(torch.stack(losses).sum(0))
 
 
 def expected_labels(run: Run, step: Step) -> list[float]:
@@ -86,7 +86,7 @@ def expected_labels(run: Run, step: Step) -> list[float]:
     for batches in step:
         for batch in batches:
             size[batch.dataset] = size.get(batch.dataset, 0) + batch.count
-    return [size[t.dataset] * run.feed.samples[t.dataset].shares[t.name] for t in run.model.tasks]
+    return [size[t.dataset] * run.feed.samples[t.dataset].labelled_share[t.name] for t in run.model.tasks]
 
 
 def _on(device: torch.device, count: int | Tensor) -> Tensor:
@@ -103,4 +103,4 @@ def seen_labels(run: Run, step: Step) -> list[int | Tensor]:
             counts[i] = counts[i] + of[task.dataset].labels(task.name)
     if run.processes.count == 1:
         return counts
-    return list(run.processes.summed(torch.stack([_on(run.weights.device, n) for n in counts])))
+    return list(run.processes.all_reduce(torch.stack([_on(run.weights.device, n) for n in counts])))

@@ -205,7 +205,7 @@ def watch(run: Run, state: State, keeper: Keeper, before: int) -> None:
 
 def blamed(run: Run, left_out: LeftOut) -> str:
     """What every process finds in its share of a step."""
-    return "; ".join(dict.fromkeys(run.processes.gathered(blame(run, left_out))))
+    return "; ".join(dict.fromkeys(run.processes.gather(blame(run, left_out))))
 
 
 def nothing() -> None:
@@ -251,7 +251,7 @@ def train_epoch(run: Run, state: State, between: Callable[[], None] = nothing) -
         run.balancer.after_epoch()
         part.over = True
     run.guard.settle()
-    run.processes.alike(run.model.buffers())  # batch norm's, of which each process has its own
+    run.processes.broadcast(run.model.buffers())  # batch norm's, of which each process has its own
     losses = part.means
     part.seconds += time.monotonic() - since  # until the device has done what it was given
     return Trained(part.images, part.seconds, losses, [int(n) for n in part.labels], part.rates)

@@ -90,7 +90,7 @@ def test_labels_that_are_masked_out_may_be_anything() -> None:
     assert part.targets["tiny_b"].tolist() == [0, 1, 0, 0, 0, 1]
     assert part.valid["tiny_b"].tolist() == valid["b"].tolist()
     assert part.valid["tiny_a"] is None
-    assert part.shares["tiny_b"] == pytest.approx(4 / 6)
+    assert part.labelled_share["tiny_b"] == pytest.approx(4 / 6)
 
 
 def test_plugin_failures_are_reported_with_the_plugin() -> None:

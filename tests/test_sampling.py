@@ -72,7 +72,7 @@ def test_every_policy_gives_whole_batches_and_one_pass_of_the_one_that_drives(
         assert max(passes.values()) <= 1 or epoch == "longest"
 
 
-def test_shares_of_a_batch() -> None:
+def test_shards_of_a_batch() -> None:
     counts = {"a": 10_000, "b": 2_500}
     assert Mixing().batch_sizes(counts, 50) == {"a": 50, "b": 50}
     assert Mixing(policy="proportional").batch_sizes(counts, 50) == {"a": 80, "b": 20}

@@ -115,7 +115,7 @@ def test_normalisation_is_by_the_labelled_share_of_training(ready: Callable[...,
     data = {"validation": 12, "datasets": {"tiny": {"labelled": 0.5}}}
     run = ready(data=data)
     part = run.feed.samples["tiny"]
-    share = part.shares["tiny_b"]
+    share = part.labelled_share["tiny_b"]
     assert 0.3 < share < 0.7
     step = next(run.feed.epoch(1))
     assert expected_labels(run, step) == [16, 16 * share]

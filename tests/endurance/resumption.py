@@ -259,7 +259,7 @@ def each_sample_once(folder: Path, short: bool) -> Cases:
     def attempt(name: str, counts: dict[str, int], batch_size: int, accumulate: int, mixing: Mixing) -> int:
         def made(rank: int = 0, world: int = 1) -> Feed:
             parts = {one: samples(one, n) for one, n in counts.items()}
-            return Feed(parts, batch_size, accumulate, 0, mixing=mixing, share=(rank, world))
+            return Feed(parts, batch_size, accumulate, 0, mixing=mixing, shard=(rank, world))
 
         for epoch in (1, 2):
             whole = drawn_by(made(), epoch)

@@ -116,7 +116,7 @@ def attempts(folder: Path, count: int, processes: Processes = ALONE) -> list[tup
                 of = run(config(seed=i, optim=optim), folder / f"{name}-{task}-{i}", Silent(), processes)
                 of.guard.late = late
                 found = left(of, spoil, task, number, value if where == processes.rank else None)
-                everywhere = processes.gathered((found, weights(of)))
+                everywhere = processes.gather((found, weights(of)))
                 wrong = [text for texts, _ in everywhere for text in texts]
                 if len({digest for _, digest in everywhere}) > 1:
                     wrong.append("the processes have other weights")
@@ -163,7 +163,7 @@ def main() -> None:
         made = attempts(Path(place), int(sys.argv[2]), processes)
         if processes.writes:
             Path(sys.argv[1]).write_text(json.dumps(made))
-        processes.most([0])  # the folder is gone with the first
+        processes.all_reduce_max([0])  # the folder is gone with the first
 
 
 if __name__ == "__main__":
