@@ -118,6 +118,7 @@ EXPERIMENTS = {
         "A tuned recipe: what 30 epochs can reach.",
         "tuned recipe",
         arms=("hard_shared", "unshared", "cross_stitch"),
+        cut="three of the arms",
         trials=tuple(f"optim.lr={lr} backbone.dropout={dropout}" for lr in ("1e-3", "2e-3", "4e-3") for dropout in (0.2, 0.5)),
     ),
 }
