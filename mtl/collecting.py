@@ -185,6 +185,11 @@ def exchanged_in(cell: Cell) -> str | None:
     return piece.name if len(cell.pieces) == 1 and isinstance(piece.config.sharing, Exchange) else None
 
 
+def trained_for(cell: Cell) -> set[str]:
+    """The runs of a cell, and those from which they start."""
+    return {one.name for piece in cell.pieces for one in (piece, *piece.starts.values())}
+
+
 def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst, labels: Mapping[str, str]) -> dict[str, Any]:
     """A cell's test figures, cost, learning curves, and what its exchange did; `labels` are what to call runs meanwhile."""
     test: dict[str, Any] = {}
@@ -205,9 +210,9 @@ def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst, labels: M
     exchange = analyst.exchange(runs / name, labels.get(name, name)) if name is not None else None
     return {
         "runs": [piece.name for piece in cell.pieces],
-        "starts": sorted({source.name for piece in cell.pieces for source in piece.starts.values()}),
+        "starts": sorted(trained_for(cell) - {piece.name for piece in cell.pieces}),
         "steps": {piece.tasks[0]: (finished(runs / piece.name) or {})["steps"] for piece in cell.pieces},
-        "left_out": {piece.tasks[0]: (finished(runs / piece.name) or {}).get("steps_left_out", 0) for piece in cell.pieces},
+        "left_out": {name: (finished(runs / name) or {}).get("steps_left_out", 0) for name in trained_for(cell)},
         "test": test,
         "curves": learned,
         "cost": cost_of(cell, facts, runs),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from statistics import median
 from typing import Any
 
 from mtl.scores import mean_of_scores
-from mtl.stats import ALPHA, delta_m, estimate, holm, permutation_p, seeds_needed, smallest_p
+from mtl.stats import ALPHA, delta_m, estimate, holm, permutation_p, smallest_p
 
 BETTER, WORSE, OPEN, FEW = "better", "worse", "not shown", "too few seeds"
 """Verdicts: a corrected p of at most 0.05 in either direction; a larger one; a larger one that so few seeds made sure of."""
@@ -26,6 +27,13 @@ def tell(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     shares = [_cells_at(results, fraction) for fraction in results["fractions"]]
     others = {"difference": results["reference"], "transfer": results["baseline"]}
     found = {key: compared(shares, other, results["tasks"]) for key, other in others.items() if other is not None}
+    reference, baseline = others["difference"], others["transfer"]
+    if baseline is not None and baseline != reference:  # the two against each other are one comparison, and judged once
+        without = [{name: of for name, of in cells.items() if name != reference} for cells in shares]
+        found["transfer"] = compared(without, baseline, results["tasks"])
+        for transfer, difference in zip(found["transfer"], found["difference"], strict=True):
+            if baseline in difference:
+                transfer[reference] = {what: mirrored(d) for what, d in difference[baseline].items()}
     return [
         _at(results, fraction, cells, {key: of[i] for key, of in found.items()})
         for i, (fraction, cells) in enumerate(zip(results["fractions"], shares, strict=True))
@@ -128,18 +136,31 @@ def judged(family: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     p: corrected (Holm) over the family.
     comparisons: how many those are.
     verdict: what p allows to say.
+    seeds_needed: where there are too few, from how many on it could be shown, the others being as they are.
     """
     raw = [permutation_p(d) for d in family]
     found = []
     for i, (d, p) in enumerate(zip(family, holm(raw), strict=True)):
         about = estimate(d)
-        if p <= ALPHA:
-            verdict = BETTER if about.mean > 0 else WORSE
-        else:  # would the smallest p that so many pairs can give be small enough, beside the others?
-            least = holm([*raw[:i], smallest_p(about.n), *raw[i + 1 :]])[i]
-            verdict = OPEN if least <= ALPHA else FEW
-        found.append({**asdict(about), "raw_p": raw[i], "p": p, "comparisons": len(family), "verdict": verdict})
+        shown = BETTER if about.mean > 0 else WORSE
+        verdict = shown if p <= ALPHA else OPEN if _enough(about.n, i, raw) else FEW
+        said = {**asdict(about), "raw_p": raw[i], "p": p, "comparisons": len(family), "verdict": verdict}
+        if verdict == FEW:
+            said["seeds_needed"] = next(n for n in count(about.n + 1) if _enough(n, i, raw))
+        found.append(said)
     return found
+
+
+def _enough(n: int, i: int, raw: Sequence[float]) -> bool:
+    """Whether the smallest p that n pairs can give for comparison `i` would be small enough, beside those of the others."""
+    return holm([*raw[:i], smallest_p(n), *raw[i + 1 :]])[i] <= ALPHA
+
+
+def mirrored(d: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference seen from the other arm."""
+    turned = {BETTER: WORSE, WORSE: BETTER}.get(d["verdict"], d["verdict"])
+    low, high = (None if d[end] is None else -d[end] for end in ("high", "low"))
+    return {**d, "mean": -d["mean"], "low": low, "high": high, "verdict": turned}
 
 
 def _relative(cells: Cells, baselines: Cells, tasks: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -202,11 +223,11 @@ def _on_average(said: Mapping[str, Any], reference: str, shares: int) -> str:
         if verdict == OPEN:
             parts.append(f"no difference is shown for {listed}")
         elif verdict == FEW:
-            family = said[names[0]]["mean"]["comparisons"]
+            family, needed = said[names[0]]["mean"]["comparisons"], max(said[name]["mean"]["seeds_needed"] for name in names)
             others = f"{family} comparisons" if shares > 1 else f"{family} arm{'s' * (family > 1)} to compare"
             parts.append(
                 f"whether {listed} differ{'s' * (len(names) == 1)} cannot be told from {n} seed{'s' * (n > 1)}, since with "
-                f"{others} it takes {seeds_needed(family)} or more"
+                f"{others} it takes {needed} or more"
             )
         else:
             parts.append(f"{listed} {'does' if len(names) == 1 else 'do'} {verdict}")
@@ -242,8 +263,12 @@ def _transfer(transfer: Mapping[str, Any], baseline: str | None) -> Iterator[str
         parts = [f"{name} on {some}" for name, of in transfer.items() if (some := _tasks_with(verdict, of))]
         if parts:
             yield f"{what} transfer, against {baseline}: {_shortened(parts, '; ')}."
+    few = [name for name, of in transfer.items() if any(of[task]["verdict"] == FEW for task in of if task != "mean")]
+    untold = f"of {', '.join(few)} it cannot be told, from so few seeds."
     if WORSE not in verdicts:
-        yield f"Negative transfer, against {baseline}, is not shown."
+        yield f"Negative transfer, against {baseline}, is not shown" + (f"; {untold}" if few else ".")
+    elif few:
+        yield untold.capitalize()
 
 
 def _tasks_with(verdict: str, of_arm: Mapping[str, Any]) -> str:

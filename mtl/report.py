@@ -170,7 +170,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             needed += f", and {seeds_needed(of_tasks)} for {counted(of_tasks, 'difference')} of a single task"
         found.append(
             f"{counted(min(d['n'] for d in few), 'seed')}: for an exact paired test to give a corrected p of 0.05 or less it "
-            f"takes {needed}."
+            f"takes, where all arms have as many, {needed}."
         )
     labels, of = results["labelled"], {task: about["dataset"] for task, about in results["tasks"].items()}
     if any(n < results["samples"][share]["train"][of[task]] for share, tasks in labels.items() for task, n in tasks.items()):
@@ -264,13 +264,12 @@ def _selection(results: Mapping[str, Any]) -> str:
 
 
 def steps_left_out(results: Mapping[str, Any]) -> list[str]:
-    """Of each arm whose runs left steps out: the most of one run, of how many."""
-    most: dict[str, tuple[int, int]] = {}
+    """Of each arm whose runs left steps out: the most of one run."""
+    most: dict[str, int] = {}
     for cell in results["cells"]:
-        for task, skipped in cell.get("left_out", {}).items():
-            if skipped:
-                most[cell["arm"]] = max(most.get(cell["arm"], (0, 0)), (skipped, cell["steps"][task]))
-    return [f"{arm} up to {skipped:,} of {steps:,}" for arm, (skipped, steps) in most.items()]
+        if skipped := max(cell.get("left_out", {}).values(), default=0):
+            most[cell["arm"]] = max(most.get(cell["arm"], 0), skipped)
+    return [f"{arm} up to {skipped:,} of a run" for arm, skipped in most.items()]
 
 
 def steps_taken(results: Mapping[str, Any]) -> str:

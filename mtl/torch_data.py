@@ -1,13 +1,14 @@
 """Images that a map-style `torch.utils.data.Dataset` gives, item by item: `TorchDataset`, and the images behind it.
 
-torch's `DataLoader` reads them in `data.workers` processes. What an item draws at random, as torchvision's transforms do, it
-draws from a stream of its own (seed, epoch, sample): so a run does not depend on the number of workers, and one that was cut
-goes on as if it had not been.
+torch's `DataLoader` reads them in `data.workers` processes for each dataset. What an item draws from the global generators,
+as torchvision's transforms do, it draws from a stream of its own (seed, epoch, sample): so a run does not depend on the
+number of workers, and one that was cut goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ from mtl.seeding import Draws, seeded
 
 if TYPE_CHECKING:
     from mtl.files import Reading
+
+
+LOOKED_AT = 32
+"""Items of a split, evenly spaced, whose images are read to tell whether it is the same as another."""
 
 
 class TorchImages:
@@ -94,14 +99,14 @@ class TorchImages:
             generator=torch.Generator(),  # torch would draw from the run's
             worker_init_fn=_left_alone,
         )
-        batches = iter(loader)
+        batches = _started(loader)
         for _ in bounds:
             try:
                 found = next(batches)
             except RuntimeError as error:
                 raise RunError(
                     f"a process that reads items of {type(source).__name__} ended ({said(error)}); was it out of memory, "
-                    "or killed? data.workers=0 reads in the main process"
+                    "or killed, or could it not start (then it said so)? data.workers=0 reads in the main process"
                 ) from error
             yield self._finished(found), []
 
@@ -128,8 +133,8 @@ class TorchDataset(Dataset):
         groups: (N,) integers, one number for samples that belong together, as pictures of one person do, the same in every
             split: validation samples are held out in whole groups, and a group in two splits is an error. None: each sample by
             itself.
-        training: the same items with the transforms that they are trained with, which may draw at random from torch's, Python's
-            or NumPy's generators; the samples held out for validation are those of `source`. None: `source`.
+        training: the same items with the transforms that they are trained with, which may draw at random from the global
+            generators of torch, Python and NumPy; the samples held out for validation are those of `source`. None: `source`.
 
     Raises:
         DataError: no map-style dataset, lengths that do not fit together, or a first item that is no image.
@@ -154,6 +159,12 @@ class TorchDataset(Dataset):
         training = source if training is None else training
         if len(training) != len(source):
             raise DataError(f"training must have the items of source, {len(source)}; found {len(training)}")
+        for one in (source, training):
+            if not torch.equal(*(_image(one, 0, 0, 0) for _ in range(2))):
+                raise DataError(
+                    f"item 0 of {type(one).__name__} differs each time from the same random state; draw from the global "
+                    "generators of torch, Python or NumPy, not from one of its own"
+                )
         self.images = TorchImages(source, training, torch.arange(len(source)))
         super().__init__(len(source), labels, valid, classes, groups)
 
@@ -161,10 +172,13 @@ class TorchDataset(Dataset):
         return len(self.images)
 
     def same_images(self, other: Dataset) -> bool:
-        """Whether the other has the same items of the same source."""
+        """Whether the other has the same rows, as far as some of their images tell."""
         if not isinstance(other, TorchDataset) or not torch.equal(self.images.rows, other.images.rows):
             return False
-        return self.images.source is other.images.source
+        if (self.images.shape, self.images.dtype) != (other.images.shape, other.images.dtype):
+            return False
+        some = torch.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).long()
+        return self.images.source is other.images.source or torch.equal(self.images[some], other.images[some])
 
     def placed(self, device: torch.device | str, reading: Reading | None = None) -> TorchImages:
         """The images as training reads them."""
@@ -197,6 +211,8 @@ class _Reader:
 
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Tensor | str:
         batch = torch.empty(len(wanted), *self.shape, dtype=self.dtype)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker, for the same bits
         try:
             for place, (row, sample) in zip(batch, wanted, strict=True):
                 image = _image(self.source, row, self.seed, sample)
@@ -208,6 +224,8 @@ class _Reader:
                 place.copy_(image)
         except DataError as error:
             return str(error)
+        finally:
+            torch.set_num_threads(threads)
         return batch
 
 
@@ -220,12 +238,12 @@ def _image(source: Any, row: int, seed: int, sample: int) -> Tensor:
     try:
         with seeded(seed, "item", sample):
             item = source[row]
+        image = item[0] if isinstance(item, tuple | list) and item else item
+        image = image.detach() if isinstance(image, Tensor) else _from_picture(image, row)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"item {row} of {type(source).__name__} cannot be read: {said(error)}") from error
-    image = item[0] if isinstance(item, tuple | list) and item else item
-    if not isinstance(image, Tensor):
-        image = _from_picture(image, row)
-    image = image.detach()
     image = image[None] if image.ndim == 2 else image
     image = image.float() if image.dtype == torch.float64 else image
     if image.ndim not in (1, 3) or not (image.dtype == torch.uint8 or image.is_floating_point()):
@@ -233,6 +251,8 @@ def _image(source: Any, row: int, seed: int, sample: int) -> Tensor:
             f"item {row} must be uint8 or floating point, (C, H, W), (H, W) or (D,); found {image.dtype} of shape "
             f"{tuple(image.shape)}"
         )
+    if image.is_floating_point() and not bool(image.isfinite().all()):
+        raise DataError(f"item {row} holds a value that is not finite; remove or repair it")
     return image
 
 
@@ -240,8 +260,10 @@ def _from_picture(image: Any, row: int) -> Tensor:
     from PIL.Image import Image
     from torchvision.transforms.v2 import functional as F
 
-    if isinstance(image, np.ndarray) and image.ndim == 1:
-        return torch.from_numpy(image)
+    if isinstance(image, np.ndarray):
+        image = np.ascontiguousarray(image)  # torch takes no negative strides, as flips have
+        if image.ndim == 1:
+            return torch.from_numpy(image)
     if not isinstance(image, np.ndarray | Image):
         raise DataError(
             f"item {row} must be an image (a tensor, a PIL image, an array), or a tuple that begins with one; found "
@@ -256,5 +278,18 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _left_alone(worker: int) -> None:
-    """A worker does not end by Ctrl-C, which is for the run: it saves, and then ends its workers."""
+    """A worker does not end by signals that are for the run: it saves, and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Its iterator, without the handler by which torch raises an error for a dead worker in the middle of whatever is computed:
+    it is found dead when its batch is asked for.
+    """
+    if not loader.num_workers or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    return batches

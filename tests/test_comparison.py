@@ -600,9 +600,8 @@ def test_steps_that_were_left_out_are_told(base: RunConfig, in_tmp: Path, monkey
 
     monkeypatch.setattr(trainer, "train_step", sometimes_not_finite)
     found = mtl.compare(base, ["unshared", "hard_shared"], 1, out="one")
-    steps = found.results["cells"][0]["steps"]["tiny_a"]
-    assert [cell["left_out"]["tiny_a"] for cell in found.results["cells"]] == [2, 0]
-    told = f"Steps whose loss or gradient was not finite were left out: of unshared up to 2 of {steps}. Differences are also of"
+    assert [list(cell["left_out"].values()) for cell in found.results["cells"]] == [[2], [0]]
+    told = "Steps whose loss or gradient was not finite were left out: of unshared up to 2 of a run. Differences are also of"
     assert told in Path("one/report.md").read_text()
 
 
@@ -859,7 +858,7 @@ def test_who_has_fewer_seeds_than_others_is_judged_by_what_those_can_show() -> N
     assert half["arms"]["a"]["difference"]["mean"]["comparisons"] == 4  # one at the half, three at the whole
     assert whole["answer"].endswith(
         "whether b (+10.00, 95 % interval +10.00 to +10.00), c (+0.00, 95 % interval +0.00 to +0.00) differ cannot be told "
-        "from 5 seeds, since with 4 comparisons it takes 8 or more."
+        "from 5 seeds, since with 4 comparisons it takes 7 or more."
     )
 
 
@@ -922,6 +921,28 @@ def test_the_answer_says_who_starts_from_trained_towers() -> None:
         cell["starts"] = ["single_task-t0"] * (cell["arm"] == "warm")
     assert tell(results)[0]["answer"].endswith(
         "warm starts from towers already trained on each task alone, and differences are also of that."
+    )
+
+
+def test_the_reference_and_the_single_task_runs_are_compared_once() -> None:
+    """Where both families had them, one could say that unshared is worse and the other that it is not."""
+    base = [0.5 + 0.01 * (seed % 3) for seed in range(7)]
+    results = results_of({"unshared": base, "single_task": [x + 0.1 for x in base], "x": base, "y": base})
+    results["reference"] = "unshared"
+    [said] = tell(results)
+    alone, joint = said["arms"]["single_task"]["difference"]["mean"], said["arms"]["unshared"]["transfer"]["mean"]
+    assert (alone["p"], alone["verdict"], alone["mean"]) == (joint["p"], BETTER, -joint["mean"])
+    assert joint["verdict"] == WORSE
+    assert (joint["low"], joint["high"]) == (-alone["high"], -alone["low"])
+    assert "Negative transfer, against single_task: unshared on t0 (-10.00)" in said["answer"]
+
+
+def test_of_whom_negative_transfer_cannot_be_told_is_named() -> None:
+    base = [0.5 + 0.01 * (seed % 3) for seed in range(8)]
+    scores = {"unshared": base, "single_task": base, "x": [x - 0.2 for x in base[:4]]}
+    results = {**results_of(scores, tasks=2), "reference": "unshared"}
+    assert tell(results)[0]["answer"].endswith(
+        "Negative transfer, against single_task, is not shown; of x it cannot be told, from so few seeds."
     )
 
 

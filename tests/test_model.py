@@ -209,11 +209,11 @@ def test_a_unit_of_ones_own() -> None:
     class Mean(mtl.ExchangeUnit):
         def __init__(self, share: float) -> None:
             super().__init__()
-            self.shard = share
+            self.share = share
 
         def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
             mean = torch.stack(list(features)).mean(0)
-            return [(1 - self.share) * f + self.shard * mean for f in features]
+            return [(1 - self.share) * f + self.share * mean for f in features]
 
     @mtl.register_unit("mean_of_towers", options=MeanOptions)
     def mean_of_towers(tasks: int, shape: Sequence[int], options: MeanOptions) -> Mean:

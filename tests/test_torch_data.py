@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,7 @@ def test_what_is_drawn_depends_on_the_epoch_and_the_sample_alone(tiny_config: di
         (Image.new("L", (6, 5)), (1, 5, 6), torch.uint8),
         (Image.new("RGB", (6, 5)), (3, 5, 6), torch.uint8),
         (np.zeros((5, 6, 3), np.uint8), (3, 5, 6), torch.uint8),
+        (np.zeros((5, 6, 3), np.uint8)[:, ::-1, ::-1], (3, 5, 6), torch.uint8),
         (np.zeros(4), (4,), torch.float32),
         (torch.zeros(5, 6, dtype=torch.float64), (1, 5, 6), torch.float32),
         ((torch.zeros(3, 5, 6), 7), (3, 5, 6), torch.float32),
@@ -128,6 +132,10 @@ def test_what_an_image_may_be(item: Any, shape: tuple[int, ...], dtype: torch.dt
         ([], "source holds no items"),
         (["a.png"], "item 0 must be an image .* found str"),
         ([torch.zeros(3, dtype=torch.int64)], r"item 0 must be uint8 or floating point, .*; found torch.int64 of shape \(3,\)"),
+        ([torch.zeros(1, 1, 1, 1)], r"item 0 must be uint8 or floating point, .*; found torch.float32 of shape \(1, 1, 1, 1\)"),
+        ([np.zeros((2, 2, 2, 2))], "item 0 of list cannot be read: "),
+        ([np.array(["a"])], "item 0 of list cannot be read: "),
+        ([torch.full((3,), float("nan"))], "item 0 holds a value that is not finite"),
         (TensorDataset(torch.zeros(2, 3)), r"labels\['y'\] must have one entry per image, 2; found shape \(1,\)"),
     ],
 )
@@ -153,16 +161,55 @@ def test_items_that_cannot_be_used_are_named(workers: int) -> None:
         list(images.batches([(24, 48)]))
 
 
-def test_a_worker_that_dies_is_told() -> None:
-    class Deadly(Items):
-        def __getitem__(self, i: int) -> Any:
-            if i == 20:
-                signal.raise_signal(signal.SIGKILL)
-            return super().__getitem__(i)
+class Slow(Items):
+    def __getitem__(self, i: int) -> Any:
+        time.sleep(0.01)
+        return super().__getitem__(i)
 
-    images = mtl.TorchDataset(Deadly("train"), {"y": [0] * 48}).images.placed("cpu", 1)
-    with pytest.raises(mtl.RunError, match=r"a process that reads items of Deadly ended .*data.workers=0 reads in the main"):
-        list(images.batches([(0, 24)]))
+
+def test_a_worker_that_dies_is_told_when_its_batch_is_wanted() -> None:
+    """And not in the middle of a step."""
+    images = mtl.TorchDataset(Slow("train"), {"y": [0] * 48}).images.placed("cpu", 1)
+    batches = images.batches([(i, i + 4) for i in range(0, 48, 4)])
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join()
+    time.sleep(0.1)  # where torch would raise
+    with pytest.raises(mtl.RunError, match=r"a process that reads items of Slow ended .*data.workers=0 reads in the main"):
+        list(batches)
+
+
+def test_workers_leave_signals_to_the_run() -> None:
+    images = mtl.TorchDataset(Slow("train"), {"y": [0] * 48}).images.placed("cpu", 2)
+    batches = images.batches([(i, i + 4) for i in range(0, 48, 4)])
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid or 0, number)
+    assert len(list(batches)) == 11
+    del batches
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_it_conforms_and_its_generators_are_the_global_ones(in_tmp: Path) -> None:
+    register(noisy, at_random=True)
+    checks = {check.name: check for check in mtl.check_task("listed_a", in_tmp)}
+    assert checks["same twice"].ok, checks["same twice"].detail
+
+    class Own(Items):
+        def __init__(self) -> None:
+            super().__init__("train")
+            self.generator = np.random.default_rng(0)
+
+        def __getitem__(self, i: int) -> Any:
+            return self.images[i] + self.generator.random()
+
+    with pytest.raises(mtl.DataError, match="item 0 of Own differs each time from the same random state; draw from the global"):
+        mtl.TorchDataset(Items("train"), {"y": [0] * 48}, training=Own())
 
 
 def test_it_is_resized_beside_another_dataset_and_can_be_packed(tiny_config: dict[str, Any], in_tmp: Path) -> None:
