@@ -288,7 +288,7 @@ def make_model(
     model.to(device)
     for one in (*model.parameters(), *model.buffers()):
         if one.ndim == 4:  # of others there is no such layout
-            one.data = one.data.contiguous(memory_format=torch.channels_last)
+            one.data = one.data.to(memory_format=torch.channels_last)  # strides too where there is one channel
     return model
 
 

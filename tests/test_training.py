@@ -222,17 +222,17 @@ def test_what_cannot_be_built_leaves_no_directory_or_no_lock(tiny_config: dict[s
 def test_a_dataset_without_a_test_split_beside_one_that_has_one(tiny_config: dict[str, Any], in_tmp: Path) -> None:
     """Weights are chosen by all tasks; the test score is that of those that can be tested."""
 
-    @mtl.register_dataset("untested", splits=("train",))
-    def untested(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
+    @mtl.register_dataset("trained_only", splits=("train",))
+    def trained_only(split: mtl.Split, root: Path) -> mtl.ArrayDataset:
         return make_tiny(48, split)
 
-    mtl.register_task("untested_b")(lambda: mtl.Task("untested", "b", mtl.Classification(("falling", "rising"))))
-    result = mtl.train(RunConfig(**{**tiny_config, "tasks": ["tiny_a", "untested_b"]}), "run")
+    mtl.register_task("trained_only_b")(lambda: mtl.Task("trained_only", "b", mtl.Classification(("falling", "rising"))))
+    result = mtl.train(RunConfig(**{**tiny_config, "tasks": ["tiny_a", "trained_only_b"]}), "run")
     assert result.test is not None
     assert result.val is not None
     assert set(result.test) == {"tiny_a", "score"}
     assert result.test["score"] == pytest.approx(result.test["tiny_a"]["accuracy"])
-    assert set(result.val) == {"tiny_a", "untested_b", "score"}
+    assert set(result.val) == {"tiny_a", "trained_only_b", "score"}
     assert mtl.evaluate_run("run", "test") == result.test
 
 
