@@ -120,9 +120,9 @@ _HOME = {
     "sharing": ("Exchange", "HardShared", "SplitAt", "Unshared"),
     "subsets": ("hashed_split",),
     "survey": ("dry_run",),
-    "torch_data": ("TorchDataset",),
     "tables": ("match_names", "read_table", "table_columns"),
     "task": ("Task",),
+    "torch_data": ("TorchDataset",),
     "units": ("ExchangeUnit",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

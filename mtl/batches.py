@@ -206,8 +206,8 @@ class Feed:
             bounds = list(itertools.pairwise(itertools.accumulate(map(len, places), initial=0)))
         else:
             padded = [[] for _ in bounds]
+        draws = Draws(derive_seed(self.seed, "sample", name, epoch), sample)
         index, sample = order.to(device), sample.to(device)
-        draws = Draws(derive_seed(self.seed, "sample", name, epoch), sample.cpu())
         batches = zip(bounds, part.image_batches(bounds, order, draws), wholes, padded, strict=True)
         for (a, b), (images, unread), whole, padding in batches:
             images = self.augment(images, sample[a:b], self.seed, "augment", name, epoch)

@@ -25,12 +25,13 @@ Cells = Mapping[int, Mapping[str, Any]]
 def tell(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What can be said at each share of the data, in their order."""
     shares = [_cells_at(results, fraction) for fraction in results["fractions"]]
-    others = {"difference": results["reference"], "transfer": results["baseline"]}
-    found = {key: compared(shares, other, results["tasks"]) for key, other in others.items() if other is not None}
-    reference, baseline = others["difference"], others["transfer"]
-    if baseline is not None and baseline != reference:  # the two against each other are one comparison, and judged once
+    tasks, reference, baseline = results["tasks"], results["reference"], results["baseline"]
+    found = {"difference": compared(shares, reference, tasks)}
+    if baseline == reference:
+        found["transfer"] = found["difference"]
+    elif baseline is not None:  # the two against each other are one comparison, and judged once
         without = [{name: of for name, of in cells.items() if name != reference} for cells in shares]
-        found["transfer"] = compared(without, baseline, results["tasks"])
+        found["transfer"] = compared(without, baseline, tasks)
         for transfer, difference in zip(found["transfer"], found["difference"], strict=True):
             if baseline in difference:
                 transfer[reference] = {what: mirrored(d) for what, d in difference[baseline].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -200,8 +201,13 @@ def test_schedules(ready: Callable[..., Run], optim: dict[str, Any], expected: l
 
 def test_one_cycle_of_two_steps_of_which_one_warms_up(ready: Callable[..., Run]) -> None:
     run = ready(optim={"schedule": "one_cycle", "warmup_epochs": 1}, max_steps=2)
-    train_step(run, next(run.feed.epoch(1)))
-    train_step(run, next(run.feed.epoch(1)))
+    alone = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run.config.optim.lr)
+    plain = torch.optim.lr_scheduler.OneCycleLR(alone, run.config.optim.lr, total_steps=2, cycle_momentum=False)
+    for step in itertools.islice(run.feed.epoch(1), 2):  # as torch's own of two steps, which has no room for another rise
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(alone.param_groups[0]["lr"])
+        assert torch.isfinite(train_step(run, step)).all()
+        alone.step()
+        plain.step()
 
 
 def test_what_cannot_be_built_leaves_no_directory_or_no_lock(tiny_config: dict[str, Any], in_tmp: Path) -> None:
