@@ -102,7 +102,7 @@ def scores(
             axis.set_title("mean of tasks" if panel == "mean" else wrapped(f"{panel}: {tasks[panel]['score']}", 36))
 
     height = 0.6 + (0.5 + 0.34 * len(arms)) * -(-len(panels) // 3)
-    return drawn(height, "Test scores of every arm, per task and on average, with 95 % intervals over seeds", draw)
+    return drawn(height, "Test scores of every arm, per task and on average, over seeds", draw)
 
 
 def _panels(figure: Figure, panels: Sequence[str], arms: Sequence[str]) -> Iterator[tuple[Axes, str]]:

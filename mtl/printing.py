@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -81,21 +82,33 @@ def brief(said: dict[str, Any]) -> str:
 
 
 def print_comparison(results: dict[str, Any]) -> None:
-    """A table of scores and differences for each share of the data, and the answer."""
+    """A table of scores and differences for each share of the data, and the answer. A row per arm, or where that is wider than
+    the terminal a column, if that is narrower.
+    """
+    import shutil
+
     from mtl.report import answers, notes
     from mtl.sections import summary
 
+    wide = shutil.get_terminal_size().columns
     for said in results["findings"]:
         table = summary(results, said)
-        rows = [table.head, *table.rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
-        for first, *others in rows:
-            print(
-                f"{first:{widths[0]}}", *[f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)], sep="  "
-            )
-        print()
+        lines = aligned([table.head, *table.rows])
+        if len(lines[0]) > wide:
+            lines = min(lines, aligned(list(zip(table.head, *table.rows, strict=True))), key=lambda some: len(some[0]))
+        print("\n".join(line.rstrip() for line in lines), end="\n\n")
     for sentence in [*answers(results), *notes(results)]:
         print(sentence)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of equal length: the first column to the left, the others to the right.
+
+    >>> aligned([["arm", "score"], ["unshared", "0.9"]])
+    ['arm       score', 'unshared    0.9']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,10 +161,11 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
         for name in said["arms"]
     }
     picture = figures.scores(said, tasks, values, look)
+    several = any(of["mean"]["low"] is not None for of in said["arms"].values())
     yield Part(
         table=transposed_if_wide(Table(head, rows)),
         picture=picture,
-        caption="On test data: mean over seeds, its 95 % interval, and each seed.",
+        caption="On test data: mean over seeds, its 95 % interval, and each seed." if several else "On test data, of one seed.",
     )
     compared = {name: of["difference"] for name, of in said["arms"].items() if of.get("difference")}
     if compared:
@@ -174,7 +175,7 @@ def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look)
             for name, d in compared.items()
             for what, label in (("mean", "mean of tasks"), *((task, task) for task in tasks))
         ]
-        title = f"Difference to {reference}, points, paired by seed, with 95 % intervals"
+        title = differences_title(reference, compared.values())
         yield Part(
             heading=f"Difference to {reference}",
             table=Table(head, rows),
@@ -207,8 +208,15 @@ def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Lo
         words = ", ".join(losing) or ("too few seeds" if few else "not shown")
         delta = plus_minus(of["delta_m"], 2) if of["delta_m"] is not None else "-"
         rows.append([name, words, delta, *[in_points(of["transfer"][task]) for task in tasks]])
-    title = "Difference to the single-task runs, points, paired by seed, with 95 % intervals"
+    compared = [of["transfer"] for of in said["arms"].values() if of.get("transfer")]
+    title = differences_title("the single-task runs", compared)
     yield Part(table=Table(head, rows), picture=figures.differences(said, tasks, "transfer", title, look))
+
+
+def differences_title(other: str, compared: Iterable[Mapping[str, Any]]) -> str:
+    """What a picture of paired differences shows: intervals only where seeds are enough for one."""
+    intervals = any(d["low"] is not None for differences in compared for d in differences.values())
+    return f"Difference to {other}, points, paired by seed{', with 95 % intervals' * intervals}"
 
 
 def curves_caption(curves: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> str:

@@ -39,8 +39,9 @@ from mtl.config import RunConfig
 from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, WORSE, tell
 from mtl.locking import Lock
+from mtl.printing import print_comparison
 from mtl.rundir import DISTRIBUTION
-from mtl.sections import in_points
+from mtl.sections import in_points, score_parts, transfer_parts
 from mtl.stats import estimate
 from mtl.task import make_task
 
@@ -963,6 +964,29 @@ def test_an_interval_that_is_not_even_is_shown_by_its_ends() -> None:
     below, above = 100 * (found["mean"] - found["low"]), 100 * (found["high"] - found["mean"])
     assert above > 1.2 * below
     assert in_points(found) == f"{100 * found['mean']:+.2f} (-{below:.2f} +{above:.2f})"
+
+
+def test_one_seed_has_no_interval_to_speak_of() -> None:
+    few, more = results_of({"single_task": [0.9], "b": [0.8]}), results_of({"single_task": [0.9] * 3, "b": [0.8, 0.7, 0.75]})
+    for results, words in ((few, False), (more, True)):
+        results["findings"] = tell(results)
+        parts = list(score_parts(results, results["findings"][0], figures.Look(["single_task", "b"])))
+        parts += transfer_parts(results, results["findings"][0], figures.Look(["single_task", "b"]))
+        assert ["95 %" in part.picture for part in parts if part.picture] == [False, words, words]
+        assert ("interval" in parts[0].caption) == words
+
+
+@pytest.mark.parametrize(("columns", "first"), [(250, "test score         seeds  "), (130, "test score               ")])
+def test_a_table_wider_than_the_terminal_has_a_column_per_arm(
+    columns: int, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "shapes.json").read_text())
+    results["findings"] = tell(results)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_comparison(results)
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert table[0].startswith(first)
+    assert max(map(len, table)) <= columns
 
 
 def test_the_report_stands_alone_and_escapes_names(base: RunConfig, in_tmp: Path) -> None:
