@@ -18,7 +18,7 @@ from mtl.batches import Feed
 from mtl.checkpoints import read_weights_file, weights_file
 from mtl.choices import Choice
 from mtl.config import RunConfig, load
-from mtl.data import Samples, Split, data_root, fit_heads, load_splits
+from mtl.data import Samples, Split, checked_splits, data_root, fit_heads, read_splits
 from mtl.decoding import Decoders
 from mtl.duplicates import warnings_of
 from mtl.errors import ConfigError, DataError, PluginError, RunError, listing, unknown
@@ -39,7 +39,7 @@ from mtl.run import Run, RunResult
 from mtl.rundir import make_directory, refuse_unusable
 from mtl.sharing import Sharing
 from mtl.standardize import Standardize
-from mtl.task import Task, make_task
+from mtl.task import Task, check_name, make_task
 from mtl.tracking import Nowhere, Rows, TensorBoard
 from mtl.trainer import fit
 from mtl.warm_start import source, start_from
@@ -207,22 +207,16 @@ def load_data(
 ) -> dict[Split, dict[str, Samples]]:
     """Split -> dataset name -> samples, on the device, in the order of dataset names."""
     samples: dict[Split, dict[str, Samples]] = {split: {} for split in Split}
+    data = config.data
+    portion = Portion(data.validation, data.fraction, data.labelled, data.split_seed)
+    reading = Reading(decoders, data.bad_files)
     for name in sorted({task.dataset for task in tasks}):
-        chosen = config.data.datasets.get(name, Choice(name))
-        parts = load_splits(
-            name,
-            [task for task in tasks if task.dataset == name],
-            data_root(config.data.root),
-            chosen.options,
-            config.data.validation,
-            config.data.split_seed,
-            config.device,
-            splits,
-            Reading(decoders, config.data.bad_files),
-            Portion(config.data.fraction, config.data.labelled),
-            chosen.plugin,
-        )
-        for split, part in parts.items():
+        check_name("dataset", name)
+        chosen = data.datasets.get(name, Choice(name))
+        plugin = DATASETS.get(chosen.plugin or name)
+        parts = read_splits(plugin, data_root(data.root), chosen.options, splits, bool(data.validation))
+        mine = [task for task in tasks if task.dataset == name]
+        for split, part in checked_splits(name, parts, mine, portion, config.device, splits, reading).items():
             samples[split][name] = part
     return samples
 

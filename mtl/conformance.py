@@ -26,12 +26,13 @@ from torch import Tensor
 from mtl.batches import Batch
 from mtl.build import make_model
 from mtl.choices import choose
-from mtl.data import Samples, Split, checked_splits, data_root, fit_heads, load_dataset
+from mtl.data import Samples, Split, checked_splits, data_root, fit_heads, load_dataset, read_splits
 from mtl.datasets import Dataset
 from mtl.errors import MTLError
 from mtl.evaluation import evaluate, summed_loss, try_tasks
 from mtl.metrics import score_of
 from mtl.model import MultiTaskModel
+from mtl.portions import Portion
 from mtl.registry import BACKBONES, DATASETS, TASKS
 from mtl.seeding import permutation, seeded
 from mtl.sharing import Unshared
@@ -114,8 +115,7 @@ def _loads(of: _Subject) -> str:
 def _dataset(of: _Subject) -> str:
     assert of.task is not None
     plugin = DATASETS.get(of.task.dataset)
-    found = {Split(name): load_dataset(plugin, Split(name), of.root, None) for name in plugin.details["splits"]}
-    parts = {split: part for split, part in found.items() if part is not None}
+    parts = read_splits(plugin, of.root, None)
     shapes = {(tuple(part.images.shape[1:]), part.images.dtype) for part in parts.values()}
     if len(shapes) > 1:
         raise _BrokenError(f"splits differ in shape or dtype: {shapes}; bring them to one")
@@ -143,7 +143,7 @@ def _same_twice(of: _Subject) -> str:
 
 def _labels(of: _Subject) -> str:
     assert of.task is not None
-    parts = checked_splits(of.task.dataset, of.parts, [of.task], 0.2, 0, "cpu")
+    parts = checked_splits(of.task.dataset, of.parts, [of.task], Portion(0.2))
     (of.task,) = fit_heads([of.task], {of.task.dataset: parts[Split.TRAIN]})
     of.samples = parts
     labelled = ", ".join(f"{split} {part.labelled_share[of.name]:.0%}" for split, part in parts.items())

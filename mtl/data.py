@@ -23,11 +23,10 @@ from mtl.datasets import Dataset
 from mtl.errors import DataError, MTLError, PluginError, unknown
 from mtl.files import Reading
 from mtl.heads import Head
-from mtl.options import Options
 from mtl.portions import Masks, Portion, carve, label_mask, subset, used
-from mtl.registry import DATASETS, Plugin
+from mtl.registry import Plugin
 from mtl.seeding import Draws
-from mtl.task import Task, check_name
+from mtl.task import Task
 
 
 class Split(StrEnum):
@@ -107,40 +106,22 @@ def data_root(configured: str | Path | None = None) -> Path:
     return Path(configured or os.environ.get("MTL_DATA_ROOT") or "data")
 
 
-def load_splits(
-    name: str,
-    tasks: Sequence[Task],
+def read_splits(
+    plugin: Plugin,
     root: Path,
-    options: Options | None,
-    validation: int | float,
-    split_seed: int,
-    device: torch.device | str,
+    options: BaseModel | None,
     splits: Sequence[Split] = tuple(Split),
-    reading: Reading | None = None,
-    portion: Portion | None = None,
-    of: str = "",
-) -> dict[Split, Samples]:
-    """Load, check and move the splits of a dataset.
+    validation: bool = True,
+) -> dict[Split, Dataset]:
+    """The splits of a dataset as its plugin gives them.
 
     Args:
-        name: of the dataset.
-        tasks: those that use it.
-        validation: how many training samples to hold out (an int), or which share of them (a float below 1); 0: none. A
-            dataset that has its own validation split uses that instead.
-        splits: which ones are wanted.
-        split_seed: decides which samples are held out: the same for every arm and seed of a comparison.
-        reading: how image files are read; None: by this process, when they are asked for, and all of them must be readable.
-        portion: how much of the training data is used, once validation samples are held out; None: all of it.
-        of: the registered dataset that it is; empty: that of its name.
-
-    Returns:
-        Of those wanted: `TRAIN`, `VAL` unless `validation` is 0, and `TEST` where the dataset declares it.
+        splits: which ones are wanted; those that the plugin does not declare are left out.
+        validation: whether samples are wanted to validate on; of a dataset that has none for it, training ones are read then.
 
     Raises:
-        DataError, PluginError: naming dataset, split, task and what is wrong.
+        DataError, PluginError: naming dataset, split and what is wrong.
     """
-    check_name("dataset", name)
-    plugin = DATASETS.get(of or name)
     declared = plugin.details["splits"]
     if Split.TRAIN not in declared or not set(declared) <= set(Split):
         raise PluginError(f"{plugin} declares splits {tuple(declared)}; they are train, and val and test where it has them")
@@ -148,23 +129,34 @@ def load_splits(
     found = {split: load_dataset(plugin, split, root, options) for split in needed}
     if validation and Split.VAL in splits and found.get(Split.VAL) is None and Split.TRAIN not in found:
         found[Split.TRAIN] = load_dataset(plugin, Split.TRAIN, root, options)
-    parts = {split: data for split in Split if (data := found.get(split)) is not None}
-    return checked_splits(name, parts, tasks, validation, split_seed, device, splits, reading, portion)
+    return {split: data for split in Split if (data := found.get(split)) is not None}
 
 
 def checked_splits(
     name: str,
     parts: Mapping[Split, Dataset],
     tasks: Sequence[Task],
-    validation: int | float,
-    split_seed: int,
-    device: torch.device | str,
+    portion: Portion,
+    device: torch.device | str = "cpu",
     splits: Sequence[Split] = tuple(Split),
     reading: Reading | None = None,
-    portion: Portion | None = None,
 ) -> dict[Split, Samples]:
-    """What `load_splits` makes of a dataset's splits: validation carved from training where there is none, the portion that is
-    used, checked, moved. Training samples on which no task has a label are left out.
+    """A dataset's splits with validation carved from training where there is none, of training the portion that is used,
+    checked and moved. Training samples on which no task has a label are left out.
+
+    Args:
+        name: of the dataset.
+        parts: what `read_splits` gave of it.
+        tasks: those that use it.
+        portion: what is held out, and how much of the rest is used.
+        splits: which ones are wanted.
+        reading: how image files are read; None: by this process, when they are asked for, and all of them must be readable.
+
+    Returns:
+        Of those wanted: `TRAIN`, `VAL` where the dataset has it or some are held out, and `TEST` where it has it.
+
+    Raises:
+        DataError: naming dataset, split, task and what is wrong.
     """
     parts = dict(parts)
     classes = next((part.classes for part in parts.values()), {})
@@ -176,14 +168,12 @@ def checked_splits(
     masks: dict[Split, Masks] = {split: {task.name: label_mask(parts[split], task) for task in tasks} for split in parts}
     if Split.TRAIN in parts:
         _check(name, Split.TRAIN, parts[Split.TRAIN], tasks, masks[Split.TRAIN], "cpu")  # whole: positions are the plugin's own
-    if validation and Split.TRAIN in parts and Split.VAL not in parts:
-        kept, held_out = carve(name, parts[Split.TRAIN], validation, split_seed)
+    if portion.validation and Split.TRAIN in parts and Split.VAL not in parts:
+        kept, held_out = carve(name, parts[Split.TRAIN], portion)
         parts[Split.VAL], masks[Split.VAL] = subset(parts[Split.TRAIN], masks[Split.TRAIN], held_out)
         parts[Split.TRAIN], masks[Split.TRAIN] = subset(parts[Split.TRAIN], masks[Split.TRAIN], kept)
     if Split.TRAIN in splits:
-        parts[Split.TRAIN], masks[Split.TRAIN] = used(
-            name, parts[Split.TRAIN], tasks, masks[Split.TRAIN], portion or Portion(), split_seed
-        )
+        parts[Split.TRAIN], masks[Split.TRAIN] = used(name, parts[Split.TRAIN], tasks, masks[Split.TRAIN], portion)
     samples = {
         split: _check(name, split, parts[split], tasks, masks[split], device, reading) for split in splits if split in parts
     }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtl.choices import choose_dataset
 from mtl.config import override
-from mtl.data import Split, data_root, load_dataset
+from mtl.data import Split, data_root, read_splits
 from mtl.datasets import Dataset
 from mtl.decoding import Decoders
 from mtl.errors import ConfigError, DataError, RunError
@@ -95,8 +95,7 @@ def pack(
 def _pack(
     plugin: Plugin, options: BaseModel | None, root: Path, out: Path, decoders: Decoders, bad_files: float, progress: Progress
 ) -> dict[str, Any]:
-    found = {Split(split): load_dataset(plugin, Split(split), root, options) for split in plugin.details["splits"]}
-    parts = {split: data for split, data in found.items() if data is not None}
+    parts = read_splits(plugin, root, options)
     for split, data in parts.items():
         if data.images.dtype != torch.uint8 or len(data.images.shape) != 4:
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 import mtl
 from mtl import logs
+from mtl.data import Samples, checked_splits, read_splits
+from mtl.portions import Portion
 from mtl.progress import Progress
+from mtl.registry import DATASETS
 from mtl.tracking import draw_coupling
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
@@ -46,6 +49,12 @@ class TinyOptions(mtl.Options):
 def tiny(split: mtl.Split, root: Path, options: TinyOptions) -> mtl.ArrayDataset:
     """uint8 (N, 1, 8, 8) whose brightness tells `a` (0 to 2) and whose slope tells `b` (0 or 1)."""
     return make_tiny(options.train if split == mtl.Split.TRAIN else 24, split, options.labelled)
+
+
+def load_samples(name: str, tasks: Sequence[mtl.Task], options: Any = None, **portion: Any) -> dict[mtl.Split, Samples]:
+    """The splits of a registered dataset, checked."""
+    parts = read_splits(DATASETS.get(name), Path(), options, validation=bool(portion.get("validation")))
+    return checked_splits(name, parts, tasks, Portion(**portion))
 
 
 def make_tiny(n: int, split: str = "train", labelled: float = 1.0) -> mtl.ArrayDataset:

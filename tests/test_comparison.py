@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Lines
+from conftest import Lines, load_samples
 from safetensors.torch import save_file
 from torch import nn
 
@@ -36,7 +36,6 @@ from mtl.collecting import Facts, circumstances
 from mtl.comparison import cells_of
 from mtl.comparison_dir import begun
 from mtl.config import RunConfig
-from mtl.data import load_splits
 from mtl.findings import BETTER, FEW, OPEN, WORSE, tell
 from mtl.locking import Lock
 from mtl.printing import print_comparison
@@ -698,7 +697,7 @@ mtl.register_task("coin_toss")(lambda: mtl.Task("coin", "toss", mtl.Classificati
 
 def test_a_planted_useful_exchange_is_found(base: RunConfig, in_tmp: Path) -> None:
     """The tower of `tiny_same` is frozen at zero: what it knows, it has from that of `tiny_a`."""
-    [part] = load_splits("tiny", [make_task("tiny_a")], Path(), None, 0, 0, "cpu", [mtl.Split.TRAIN]).values()
+    part = load_samples("tiny", [make_task("tiny_a")])[mtl.Split.TRAIN]
     network = SmallCNN(part.shape, 0.1)
     save_file({name: torch.zeros_like(value) for name, value in network.state_dict().items()}, "zero.safetensors")
     config = base.replaced(

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import load_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtl
 from mtl.batches import Augment, Feed, batch_bounds, in_order
-from mtl.data import Samples, fit_heads, load_splits
+from mtl.data import Samples, fit_heads
 from mtl.registry import DATASETS
 from mtl.registry import TASKS as TASK_PLUGINS
 from mtl.seeding import hash_uniform, seeded
@@ -41,7 +42,7 @@ def register(name: str, **parts: Any) -> str:
 
 
 def load(name: str, validation: int | float = 0, seed: int = 0, options: Any = None) -> dict[mtl.Split, Samples]:
-    return load_splits(name, TASKS, Path(), options, validation, seed, "cpu")
+    return load_samples(name, TASKS, options, validation=validation, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -373,13 +374,13 @@ def test_columns_are_taken_by_the_names_that_the_head_and_the_data_give_them() -
     columns, seen = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 1]] * 2), np.array([[True, False, True]] * 6)
     register("flags", labels={"t": columns}, valid={"t": seen}, classes={"t": ("b", "a", "c")})
     task = mtl.Task("flags", "t", mtl.MultiLabel(("a", "b")), name="t")
-    part = load_splits("flags", [task], Path(), None, 0, 0, "cpu")[mtl.Split.TRAIN]
+    part = load_samples("flags", [task])[mtl.Split.TRAIN]
     assert part.targets["t"].tolist() == [[0, 0], [0, 1], [0, 0]] * 2  # what is not labelled is 0
     assert part.valid["t"] is not None
     assert part.valid["t"].tolist() == [[False, True]] * 6
     wrong = replace(task, head=mtl.MultiLabel(("a", "x")))
     with pytest.raises(mtl.DataError, match="dataset 'flags', train split, task 't': unknown column 'x'; known: a, b, c"):
-        load_splits("flags", [wrong], Path(), None, 0, 0, "cpu")
+        load_samples("flags", [wrong])
 
 
 def register_pet_kind(head: type[mtl.Head]) -> None:
@@ -394,7 +395,7 @@ def test_a_head_whose_dataset_names_no_classes_is_told(in_tmp: Path) -> None:
     register_pet_kind(mtl.Classification)
     register("pets", labels={"kind": GOOD["a"]})
     with pytest.raises(mtl.DataError, match=r"task 'pet_kind': .*takes its classes from the dataset, which names none"):
-        load_splits("pets", [make_task("pet_kind")], Path(), None, 0, 0, "cpu")
+        load_samples("pets", [make_task("pet_kind")])
 
 
 @pytest.mark.parametrize(
@@ -424,7 +425,7 @@ def test_validation_is_held_out_in_whole_groups() -> None:
         "people", images=np.zeros((60, 8, 8), np.uint8), labels={"a": people % 3, "b": people % 2, "who": people}, groups=people
     )
     for seed in range(5):
-        found = load_splits("people", [*TASKS, WHO], Path(), None, 15, seed, "cpu")
+        found = load_samples("people", [*TASKS, WHO], validation=15, seed=seed)
         apart = [set(found[split].targets["who"].tolist()) for split in (mtl.Split.TRAIN, mtl.Split.VAL)]
         assert not apart[0] & apart[1]
         assert len(apart[0] | apart[1]) == 13

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import load_samples, make_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mtl
-from mtl.data import fit_heads, load_splits
+from mtl.data import fit_heads
 from mtl.metrics import Meter, score_of
 from mtl.task import make_task
 
@@ -432,7 +432,7 @@ def test_a_score_that_one_label_cannot_give_is_explained(tiny_config: dict[str, 
 
 def test_mean_and_deviation_are_those_of_the_labelled_training_targets_and_saved_with_the_weights() -> None:
     tasks = [make_task("four_size"), make_task("four_a")]
-    samples = load_splits("four_kinds", tasks, Path(), None, 0.25, 0, "cpu")
+    samples = load_samples("four_kinds", tasks, validation=0.25)
     train = samples[mtl.Split.TRAIN]
     task, _ = fit_heads(tasks, {"four_kinds": train})
     mask = train.valid["four_size"]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import load_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import mtl
 from mtl.batches import Feed
-from mtl.data import Samples, load_splits
-from mtl.portions import Portion
+from mtl.data import Samples
 from mtl.subsets import how_many, stratified
 from mtl.task import make_task
 
@@ -73,7 +72,7 @@ def test_counts_and_shares() -> None:
 
 
 def load(tasks: list[str], **portion: Any) -> dict[mtl.Split, Samples]:
-    return load_splits("tiny", [make_task(name) for name in tasks], Path(), None, 0.25, 0, "cpu", portion=Portion(**portion))
+    return load_samples("tiny", [make_task(name) for name in tasks], validation=0.25, **portion)
 
 
 def images(samples: dict[mtl.Split, Samples], split: mtl.Split = mtl.Split.TRAIN) -> Tensor:
