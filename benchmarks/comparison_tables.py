@@ -15,7 +15,7 @@ from mtl.comparison import reference_of
 from mtl.figures import Look
 from mtl.findings import BETTER, WORSE, tell
 from mtl.report import answers, facts, notes, plain, table_lines
-from mtl.sections import Table, summary
+from mtl.sections import Table, differences_title, summary
 
 
 def recorded() -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
@@ -91,8 +91,9 @@ def tried(tuning: dict[str, dict[str, float]]) -> Table:
 
 def pictures(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Of a record: name, what it shows, and the findings that it is drawn from, at each share of the data."""
-    title = f"Difference to {results['reference']}, points, paired by seed, with 95 % intervals"
     for said in results["findings"]:
+        compared = [of["difference"] for of in said["arms"].values() if of.get("difference")]
+        title = differences_title(results["reference"], compared)
         yield f"difference-{100 * said['fraction']:g}" if len(results["findings"]) > 1 else "difference", title, said
 
 
