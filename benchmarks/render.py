@@ -19,7 +19,6 @@ def page() -> str:
         indexing,
         packing,
         processes,
-        three_epochs,
         throughput_tables,
     )
 
@@ -35,7 +34,6 @@ def page() -> str:
         ("@INDEXING@", indexing.render),
         ("@PACKING@", packing.render),
         ("@PROCESSES@", processes.render),
-        ("@THREE_EPOCHS@", three_epochs.render),
     )
     for placeholder, render in tables:
         text = text.replace(placeholder, render())
