@@ -17,7 +17,7 @@ import typer
 
 from mtl.command import AsJson, Plugins, json_only, load_plugins
 from mtl.errors import MTLError
-from mtl.interruption import Terminated
+from mtl.interruption import end
 from mtl.listing import app as listing_app
 from mtl.printing import brief, print_comparison, print_csv, print_figures, print_result, show
 
@@ -366,7 +366,7 @@ def numbers(option: str, text: str, kind: type[N]) -> list[N]:
 
 def main() -> None:
     """Run the command line; turn a user's mistake into one message and exit status 2, Ctrl-C into 130."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, end)
     try:
         app()
     except MTLError as error:
@@ -376,8 +376,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _terminated(number: int, frame: object) -> None:
-    """End as after Ctrl-C, what is under way cleared up, with the status that a shell gives to who is told to end."""
-    raise Terminated(128 + number)

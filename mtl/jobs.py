@@ -26,6 +26,7 @@ from mtl.build import train
 from mtl.config import RunConfig, from_tree
 from mtl.errors import ConfigError, DivergedError, MTLError, NoCheckpointError, RunError
 from mtl.hardware import usable_cores
+from mtl.interruption import belong_to_a_pool, ended_in_order
 from mtl.locking import Lock, is_own
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
@@ -137,7 +138,8 @@ def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], tally:
         return {}
     if at_once == 1 or len(left) == 1:
         return _one_by_one(left, tally)
-    return _at_once(left, min(at_once, len(left)), plugins, tally)
+    with ended_in_order():
+        return _at_once(left, min(at_once, len(left)), plugins, tally)
 
 
 def _one_by_one(left: Sequence[Job], tally: Tally) -> dict[Path, str]:
@@ -207,6 +209,7 @@ def _begin(plugins: Sequence[Path], devices: Queue[str], threads: int, at_once: 
     global _device
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
+    belong_to_a_pool()
     _device = devices.get()
     torch.set_num_threads(threads)
     share_machine(at_once)

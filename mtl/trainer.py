@@ -73,7 +73,8 @@ def fit(run: Run, state: State | None = None) -> RunResult:
             test, score = score_split(run, Split.TEST, interruption.check)
             check_finite(state, keeper, f"on the test split, with the weights of epoch {state.best.epoch}", losses_of(test))
         except (KeyboardInterrupt, SystemExit):
-            run.progress.line(f"interrupted in epoch {state.epoch + 1}; {keeper.newest}: mtl train --resume {run.directory}")
+            where = "after the last epoch, before the test was over" if finished(run, state) else f"in epoch {state.epoch + 1}"
+            run.progress.line(f"interrupted {where}; {keeper.newest}: mtl train --resume {run.directory}")
             raise
         tell_aside(run)
         result = result_of(run, state, time.monotonic() - started, {**test, "score": score} if test else None)

@@ -31,6 +31,7 @@ from mtl import comparison, figures, jobs, keeping, trainer
 from mtl.arms import Arm, Setting, arms_of, member_seed
 from mtl.auto import resolved
 from mtl.backbones import SmallCNN
+from mtl.checkpoints import newest, state_of
 from mtl.cli import app
 from mtl.collecting import Facts, circumstances
 from mtl.comparison import cells_of
@@ -529,17 +530,21 @@ def test_processes_end_with_the_one_that_started_them(number: signal.Signals, tm
         "    data = {'validation': 20, 'datasets': {'shapes': {'train': 2000, 'test': 40}}}\n"
         "    network = {'name': 'small_cnn', 'width': 0.1}\n"
         "    config = mtl.RunConfig(tasks=['shapes_kind'], backbone=network, device='cpu', data=data, epochs=10**6)\n"
-        "    import signal; signal.signal(signal.SIGTERM, lambda *_: exit(143))\n"
         f"    mtl.compare(config, ['unshared', 'hard_shared'], 1, out={str(tmp_path / 'out')!r}, jobs=2)\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen([sys.executable, str(script)], stderr=said)
     try:
-        wait_for(lambda: len(list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))) == 2)
+        runs = tmp_path / "out" / "runs"
+        wait_for(lambda: len(list(runs.glob("*/metrics.jsonl"))) == 2)
         workers = children(process.pid)
         assert len(workers) >= 2
         process.send_signal(number)
         assert process.wait(20) == (143 if number is signal.SIGTERM else -signal.SIGKILL)
         wait_for(lambda: not any(alive(pid) for pid in workers))
+        if number is signal.SIGTERM:  # saved in the middle of an epoch, and nothing left behind for Python to warn of
+            assert (tmp_path / "said").read_text() == ""
+            assert all(state_of(newest(run)[0])["partial"] is not None for run in runs.iterdir())
     finally:
         process.kill()
 

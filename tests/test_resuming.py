@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mtl
-from mtl import commit, evaluation, trainer
+from mtl import commit, evaluation, interruption, trainer
 from mtl.checkpoints import BEST, MODEL, STATE, TRAINING, newest, state_of, verify
 from mtl.commit import MANIFEST, committed
 from mtl.decoding import Decoders
@@ -216,7 +216,9 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         sent_in(where, number, patch)
         with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
-            mtl.train(given, "cut")
+            mtl.train(given, "cut", shown := Lines())
+    told = {"step": "in epoch 2", "validation": "in epoch 2", "test": "after the last epoch, before the test was over"}
+    assert where == "save" or any(line.startswith(f"interrupted {told[where]}; ") for line in shown.lines)
     assert ended.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
     if ended.type is SystemExit:
         assert ended.value.code == 143
@@ -491,6 +493,22 @@ def test_a_signal_after_another_process_had_one_is_not_the_second() -> None:
     interruption._note(signal.SIGTERM, None)
     with pytest.raises(SystemExit):
         interruption._note(signal.SIGTERM, None)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_pool_that_ends_its_processes_twice_lets_them_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "_of_a_pool", True)
+    saved = []
+
+    def save() -> None:
+        with Interruption():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            saved.append(True)
+
+    with pytest.raises(Terminated):
+        save()
+    assert saved
 
 
 def test_the_best_weights_are_kept_in_mind_between_two_saves(tiny_config: dict[str, Any], in_tmp: Path) -> None:
