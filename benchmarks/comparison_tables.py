@@ -50,6 +50,7 @@ def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Ite
     cut = [
         *[f"{seeds} of {experiment.seeds} seeds so far"] * (seeds < experiment.seeds),
         *[experiment.cut] * bool(experiment.cut),
+        *["times of a step and of training, since runs shared the machine"] * (results["at_once"] > 1),
     ]
     if cut:
         yield f"- Cut for lack of machine time: {'; '.join(cut)}."

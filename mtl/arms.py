@@ -23,6 +23,7 @@ from mtl.registry import BACKBONES
 from mtl.seeding import derive_seed
 from mtl.sharing import STRUCTURAL, Exchange, SplitAt, kinds
 from mtl.strict_yaml import PlainDumper, parsed, read_text
+from mtl.warm_start import located
 
 SECTIONS = ("backbone", "sharing", "balancer", "data", "optim", "checkpoints")
 """Keys of a config under which others lie."""
@@ -65,7 +66,7 @@ class Setting:
 
     Args:
         base: the config; what `auto` becomes for all arms alike is resolved in it.
-        points: the layer points of its backbone, in order.
+        points: its layer points, or its backbone's own, in order.
         datasets: task -> the dataset that it is of.
         weights: task -> the weight of its loss.
         epoch_steps: (task, share of the data) -> the length of an epoch of its single-task run where its own would differ from
@@ -95,6 +96,10 @@ class Arm(ABC):
     def pieces(self, setting: Setting, fraction: float, seed: int) -> list[Piece]:
         """The runs that it consists of. A task that several of them have is predicted by their average."""
 
+    @abstractmethod
+    def unlike(self, setting: Setting) -> dict[str, Any]:
+        """What its runs are given beyond what the others are, and a reader of their differences has to know."""
+
 
 class Joint(Arm):
     """All tasks in one run, under overrides of the config.
@@ -117,6 +122,7 @@ class Joint(Arm):
             ConfigError: overrides that do not fit the config, or after which runs would not compare.
         """
         config = from_tree(override(setting.base.model_dump(mode="json"), self.overrides))
+        config = config.replaced(init_from={task: located(task, given) for task, given in config.init_from.items()})
         if unequal := _unequal(config, setting.base):
             raise ConfigError([f"{', '.join(unequal)}: must be the same for all arms; set it in the config"])
         missing = [] if isinstance(config.sharing, Exchange) else ["units"]
@@ -131,6 +137,13 @@ class Joint(Arm):
                 raise ConfigError(["init_from=single_task: the tasks share a trunk, which can start from one run only"])
             starts = {piece.tasks[0]: piece for piece in Separate(SINGLE_TASK, "").pieces(setting, fraction, seed)}
         return [Piece(config, tuple(task.name for task in config.tasks), starts)]
+
+    def unlike(self, setting: Setting) -> dict[str, Any]:
+        """`batch_size`, and under `init_from` the tasks whose towers start elsewhere, where the arm's own overrides say so."""
+        config, base = self.pieces(setting, setting.base.data.fraction, setting.base.seed)[0].config, setting.base
+        starts = sorted(task for task, given in config.init_from.items() if base.init_from.get(task) != given)
+        batch = {"batch_size": config.batch_size} if config.batch_size != base.batch_size else {}
+        return {**batch, **({"init_from": starts} if starts else {})}
 
 
 class Separate(Arm):
@@ -150,6 +163,10 @@ class Separate(Arm):
         names = [task.name for task in setting.base.tasks]
         seeds = [member_seed(seed, member) for member in range(len(names) if self.ensemble else 1)]
         return [Piece(self._alone(setting, name, fraction, one), (name,)) for name in names for one in seeds]
+
+    def unlike(self, setting: Setting) -> dict[str, Any]:
+        """Nothing: what its runs are given is that of the joint runs."""
+        return {}
 
     def _alone(self, setting: Setting, task: str, fraction: float, seed: int) -> RunConfig:
         tree = setting.base.model_dump(mode="json")

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -109,7 +109,7 @@ def compare(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What all arms have in common; see examples/configs/.")],
     overrides: Overrides = None,
     arms: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="Names, separated by commas, or a YAML file with a list of them and of mappings {name: overrides}. Default: "
             "single_task,hard_shared,unshared and the config's own sharing, or cross_stitch."
@@ -128,7 +128,9 @@ def compare(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="ARM", help="The arm that others are compared with. Default: unshared, if it is there."),
+        typer.Option(
+            metavar="ARM", help="The arm that others are compared with. Default: unshared, else single_task, else the first."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -151,10 +153,10 @@ def compare(
         from mtl.progress import for_terminal
 
         loaded = load(config, overrides or [])
-        if arms is not None and arms.endswith((".yaml", ".yml")):
-            wanted = listed(Path(arms))
-        else:
-            wanted = [name for name in arms.split(",") if name] if arms is not None else [*default_arms(loaded)]
+        wanted: list[str | dict[str, Any]] = [] if arms else [*default_arms(loaded)]
+        for text in arms or []:
+            named = [name for part in text.split(",") if (name := part.strip())]
+            wanted += listed(Path(text)) if text.endswith((".yaml", ".yml")) else named
         wanted += arm or []
         directory = out if out is not None else default_directory(loaded, Path(config).stem)
         count = chosen[0] if "," not in seeds else chosen
@@ -174,9 +176,9 @@ def compare(
         )
     if as_json:
         show({"directory": found.directory, **found.results}, as_json)
-        return
-    print_comparison(found.results)
-    print(f"{found.directory}: report.html, report.md, results.json")
+    else:
+        print_comparison(found.results)
+        print(f"{found.directory}: report.html, report.md, results.json")
     if not found.results["cells"]:
         raise typer.Exit(1)
 

@@ -11,17 +11,20 @@ from typing import Any
 
 from mtl.analysis import Analyst, curves
 from mtl.arms import SINGLE_TASK, Arm, Piece, Setting
+from mtl.build import model_of
 from mtl.config import RunConfig
 from mtl.data import Split
 from mtl.errors import RunError
 from mtl.findings import tell
 from mtl.jobs import finished
 from mtl.metrics import relative_of
+from mtl.model import MultiTaskModel
 from mtl.progress import Progress
 from mtl.rundir import DISTRIBUTION, environment
 from mtl.sampling import Mixing
 from mtl.sharing import Exchange
 from mtl.survey import parameters_and_flops, survey
+from mtl.warm_start import source, source_of, start_from
 
 FORMAT = 1
 """Of `results.json`."""
@@ -52,6 +55,7 @@ class Facts:
         self.base = base
         self.survey = cache(lambda fraction: survey(base.replaced(data=base.data.model_copy(update={"fraction": fraction}))))
         self._costs: dict[str, tuple[int, int]] = {}
+        self._started: set[tuple[str, bool]] = set()
         about = self.survey(base.data.fraction)
         self.tasks, self.shape = about.tasks, about.shape
         self.setting = Setting(
@@ -73,6 +77,41 @@ class Facts:
             return None
         return about.epoch_steps
 
+    def described(self) -> dict[str, Any]:
+        """Task -> what it predicts, how, and what it is measured by; of its own losses and metrics the names."""
+        return {
+            task.name: {
+                "dataset": task.dataset,
+                "target": task.target,
+                "head": task.head.describe(),
+                "loss": getattr(task.loss, "__qualname__", type(task.loss).__name__),
+                "metrics": {metric.name: metric.better for metric in task.all_metrics},
+                "score": task.score_name,
+            }
+            for task in self.tasks
+        }
+
+    def check_start(self, piece: Piece) -> None:
+        """Build a run's network and give it the weights from which it starts: those on disk, and in place of those that are not
+        trained yet others of the same shape.
+
+        Raises:
+            MTLError: they are of another network, or cannot be read.
+        """
+        key = piece.config.replaced(seed=0).digest(), bool(piece.starts)
+        if key in self._started or not (piece.config.init_from or piece.starts):
+            return
+        sources = {task: source(task, given) for task, given in piece.config.init_from.items()}
+        for task, before in piece.starts.items():
+            state = self._model(before.config).state_dict()
+            sources[task] = source_of(f"its run as {SINGLE_TASK}", task, task, state)
+        start_from(self._model(piece.config), sources)
+        self._started.add(key)
+
+    def _model(self, config: RunConfig) -> MultiTaskModel:
+        wanted = [task.name for task in config.tasks]
+        return model_of(config, [task for task in self.tasks if task.name in wanted], self.shape, pretrained=False)
+
     def cost(self, config: RunConfig) -> tuple[int, int]:
         """Parameters that a config trains, and FLOPs of a forward pass."""
         data = config.data.model_copy(update={"fraction": 1.0})
@@ -91,11 +130,13 @@ def collect(
     reference: str,
     failed: Mapping[str, str],
     progress: Progress,
+    edited: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `results.json` holds."""
+    """What `results.json` holds; `edited` are the files of plugins that were while it came about."""
     analyst = Analyst(directory / "analysis", facts.base.device, facts.base.data.root, progress)
     runs = directory / "runs"
     rows, lost = [], []
+    progress.shown()
     shares = len({cell.fraction for cell in cells}) > 1
     labels: dict[str, str] = {}  # of what takes long
     for cell in cells:
@@ -111,7 +152,7 @@ def collect(
             lost.append({**where, "why": why})
             continue
         rows.append({**where, **figures_of(cell, facts, runs, analyst, labels)})
-        if progress.due():
+        if progress.due() and i < len(cells):
             progress.line(f"read {i} of {len(cells)} results")
             progress.shown()
     tasks = {
@@ -130,7 +171,10 @@ def collect(
         "config": facts.base.model_dump(mode="json"),
         **circumstances(rows, runs, facts.base),
         "tasks": tasks,
-        "arms": [{"name": arm.name, "about": arm.about} for arm in arms],
+        "arms": [
+            {"name": arm.name, "about": arm.about, **({"unlike": unlike} if (unlike := arm.unlike(facts.setting)) else {})}
+            for arm in arms
+        ],
         "reference": reference,
         "baseline": SINGLE_TASK if SINGLE_TASK in [arm.name for arm in arms] else None,
         "fractions": fractions,
@@ -140,6 +184,8 @@ def collect(
         "cells": rows,
         "failed": lost,
         "unreadable": analyst.unreadable,
+        "not_shown": not_shown(cells, runs),
+        "edited": [*edited],
     }
     return {**results, "findings": tell(results)}
 
@@ -168,6 +214,12 @@ def circumstances(rows: Sequence[Mapping[str, Any]], runs: Path, base: RunConfig
             most = set_aside.setdefault(dataset, {})
             most |= {why: max(count, most.get(why, 0)) for why, count in counts.items()}
     return {"environment": environment(base), "machines": machines, "at_once": at_once, "set_aside": set_aside}
+
+
+def not_shown(cells: Sequence[Cell], runs: Path) -> list[str]:
+    """Finished runs that no cell has a part in: of arms, seeds or shares that were not asked for this time."""
+    mine = {name for cell in cells for name in trained_for(cell)}
+    return sorted(one.name for one in runs.iterdir() if one.name not in mine and finished(one) is not None)
 
 
 def noted_of(run: Path) -> dict[str, Any] | None:

@@ -10,17 +10,27 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mtl import report
 from mtl.arms import SINGLE_TASK, Arm, Piece, arms_of, default_arms
 from mtl.auto import resolved
 from mtl.build import make_tasks
 from mtl.collecting import Cell, Facts, collect
-from mtl.comparison_dir import NOTE, begun, default_directory, locked, with_data, writing
+from mtl.comparison_dir import (
+    NOTE,
+    begun,
+    default_directory,
+    locked,
+    with_data,
+    with_plugins,
+    with_tasks,
+    writing,
+)
 from mtl.config import InitFrom, RunConfig
 from mtl.data import Split
 from mtl.errors import ConfigError, RunError, unknown
@@ -72,7 +82,7 @@ def compare(
         MTLError: anything a user can mend. Finished runs are kept.
     """
     progress = progress or Silent()
-    check_call(config, arms)
+    check_call(config, arms, out)
     seeds, fractions = wanted(config, seeds, fractions, jobs)
     directory = Path(out) if out is not None else default_directory(config)
     with locked(directory):
@@ -83,11 +93,14 @@ def compare(
         cells = cells_of(made, fractions, seeds, facts)
         check_test_split(facts)
         note = with_data(note, facts.survey(base.data.fraction).fingerprints, directory)
+        note = with_tasks(note, facts.described(), directory)
+        note, edited = with_plugins(note, [Path(one) for one in plugins])
+        refuse_other_networks(cells, facts, directory / "runs")
         with writing(directory):
             write_whole(directory / NOTE, note)
         failed = train_pieces(cells, directory / "runs", jobs, [Path(one) for one in plugins], progress)
         try:
-            results = collect(cells, facts, directory, chosen, failed, progress)
+            results = collect(cells, facts, directory, chosen, failed, progress, edited)
         except (KeyboardInterrupt, SystemExit):
             progress.line(f"interrupted: all is trained, in {directory / 'runs'}; the same command reads the rest and reports")
             raise
@@ -110,7 +123,7 @@ def plan(
     """What `compare` would train: how many runs, how many of them are there already, what they take on disk at most, and of
     each arm its runs and its cost.
     """
-    check_call(config, arms)
+    check_call(config, arms, out)
     seeds, fractions = wanted(config, seeds, fractions, jobs)
     directory = Path(out) if out is not None else default_directory(config)
     facts = Facts(begun(directory, config)[0] if directory.is_dir() else resolved(config))
@@ -150,17 +163,44 @@ def checkpoint_bytes(config: RunConfig, facts: Facts) -> int:
 def wanted(
     config: RunConfig, seeds: int | Sequence[int], fractions: Sequence[float] | None, jobs: int
 ) -> tuple[list[int], list[float]]:
-    """Which seeds and shares, checked."""
-    if isinstance(seeds, int) and seeds < 1:
-        raise ConfigError([f"seeds: how many, from 1 on, or which; found {seeds}"], source="compare")
-    which = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    shares = [config.data.fraction] if fractions is None else sorted(fractions)
-    check_plan(which, shares, jobs)
+    """Which seeds and shares, checked.
+
+    Raises:
+        ConfigError: what cannot be done, all of it.
+    """
+    wrong = []
+    which = [*range(config.seed, config.seed + seeds)] if _whole(seeds) and seeds <= MOST else _all_of(seeds, _whole)
+    if not which or len(set(which)) < len(which) or min(which) < 0 or max(which) > 2**31:
+        wrong.append(f"seeds: how many, from 1 to {MOST:,}, or different ones from 0 to 2**31; found {seeds!r}")
+    shares = [config.data.fraction] if fractions is None else sorted(_all_of(fractions, lambda one: isinstance(one, Real)))
+    if not shares or len({f"{one:g}" for one in shares}) < len(shares) or not all(0 < share <= 1 for share in shares):
+        wrong.append(f"fractions: shares above 0, at most 1, different in six digits; found {fractions!r}")
+    if not _whole(jobs) or jobs < 1:
+        wrong.append(f"jobs: at least 1; found {jobs!r}")
+    if wrong:
+        raise ConfigError(wrong, source="compare")
     return which, shares
 
 
+MOST = 10_000
+"""Seeds of one comparison."""
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _all_of(values: Any, right: Callable[[Any], bool]) -> list[Any]:
+    """The values of a list; none if one of them is not right, or it is no list."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return []
+    found = [*values]
+    return found if all(map(right, found)) else []
+
+
 def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[int], facts: Facts) -> list[Cell]:
-    """Every arm at every share with every seed. Each network is built once: what cannot be is known before the first run.
+    """Every arm at every share with every seed. Each network is built once, and given the weights that it starts from: what
+    cannot be is known before the first run.
 
     Raises:
         ConfigError: an arm that does not fit the comparison, by its name.
@@ -174,6 +214,7 @@ def cells_of(arms: Sequence[Arm], fractions: Sequence[float], seeds: Sequence[in
                     cell = Cell(arm, fraction, seed, tuple(arm.pieces(facts.setting, fraction, seed)))
                     for piece in cell.pieces:
                         facts.cost(piece.config)
+                        facts.check_start(piece)
                         refuse_other_tasks(piece.config, facts.tasks)
                 except ConfigError as error:
                     wrong |= dict.fromkeys(f"arm {arm.name!r}: {problem}" for problem in error.problems)
@@ -196,6 +237,25 @@ def check_test_split(facts: Facts) -> None:
             [f"dataset {name!r} has no test split, on which arms are compared; register it with one" for name in without],
             source="compare",
         )
+
+
+def refuse_other_networks(cells: Sequence[Cell], facts: Facts, runs: Path) -> None:
+    """Finished runs of all tasks must be of the networks that their configs give now. (On a smaller share of the data a head
+    may have found fewer classes.)
+
+    Raises:
+        RunError: one is of another, for a plugin was edited.
+    """
+    for cell in cells:
+        for piece in cell.pieces:
+            if len(piece.tasks) < len(facts.tasks) or cell.fraction != facts.base.data.fraction:
+                continue
+            there, now = finished(runs / piece.name), facts.cost(piece.config)[0]
+            if there is not None and there.get("parameters", now) != now:
+                raise RunError(
+                    f"{str(runs / piece.name)!r} is finished, and of another network: it trained {there['parameters']:,} "
+                    f"parameters, and its config now gives {now:,}; a plugin was edited, then: give another directory"
+                )
 
 
 def refuse_other_tasks(config: RunConfig, tasks: Sequence[Task]) -> None:
@@ -223,7 +283,7 @@ def _what_is_measured(task: Task) -> dict[str, Any]:
     return {"dataset": task.dataset, "target": task.target, "score": task.score_name, "metrics": metrics}
 
 
-def check_call(config: Any, arms: Any) -> None:
+def check_call(config: Any, arms: Any, out: Any = None) -> None:
     """Refuse what is no config or no list of arms, and a call from a process that only imports the script it stands in.
 
     Raises:
@@ -238,6 +298,8 @@ def check_call(config: Any, arms: Any) -> None:
         raise ConfigError([f"mtl.compare takes an mtl.RunConfig, as mtl.load_config gives; found {type(config).__name__}"])
     if arms is not None and (isinstance(arms, str | Mapping) or not isinstance(arms, Sequence)):
         raise ConfigError([f"arms is a sequence, as in ['unshared', 'cross_stitch']; found {arms!r}"], source="compare")
+    if out is not None and not isinstance(out, str | Path):
+        raise ConfigError([f"out: a directory; found {out!r}"], source="compare")
 
 
 def log_arms(results: Mapping[str, Any], folder: Path) -> None:
@@ -249,27 +311,6 @@ def log_arms(results: Mapping[str, Any], folder: Path) -> None:
         figures["test/mean"] = mean_score(cell, results["tasks"])
         name = f"{cell['arm'].replace(':', '-')}-{100 * cell['fraction']:g}-seed{cell['seed']}"
         log_hparams(folder / name, settings, figures)
-
-
-def check_plan(seeds: Sequence[int], fractions: Sequence[float], jobs: int) -> None:
-    """Refuse what cannot be done.
-
-    Raises:
-        ConfigError: all of it.
-    """
-    wrong = []
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        wrong.append(f"seeds: how many, from 1 on, or different ones from 0 on; found {list(seeds) or 'none'}")
-    if (
-        not fractions
-        or len({f"{one:g}" for one in fractions}) < len(fractions)
-        or not all(0 < fraction <= 1 for fraction in fractions)
-    ):
-        wrong.append(f"fractions: shares above 0, at most 1, different in six digits; found {list(fractions)}")
-    if jobs < 1:
-        wrong.append(f"jobs: at least 1; found {jobs}")
-    if wrong:
-        raise ConfigError(wrong, source="compare")
 
 
 def reference_of(wanted: str | None, arms: Sequence[str]) -> str:

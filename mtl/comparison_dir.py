@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,43 @@ def with_data(note: str, fingerprints: Mapping[str, str], directory: Path) -> st
             f"{str(directory)!r} holds a comparison on other data: {'; '.join(changed)} changed since; give another directory"
         )
     return json.dumps(noted, indent=1) + "\n"
+
+
+def with_tasks(note: str, tasks: Mapping[str, Any], directory: Path) -> str:
+    """What to note of a comparison, with what its tasks are.
+
+    Raises:
+        RunError: they are not those that it began with.
+    """
+    noted = json.loads(note)
+    tasks = json.loads(json.dumps(tasks, default=repr))
+    then = noted.setdefault("tasks", tasks)  # which comparisons of an earlier version lack
+    if changes := differing(then, tasks):
+        each = "; ".join(f"{key} {was!r} there, {now!r} now" for key, (was, now) in changes.items())
+        raise RunError(
+            f"{str(directory)!r} holds a comparison of other tasks, for a plugin was edited since: {each}; give another "
+            "directory"
+        )
+    return json.dumps(noted, indent=1) + "\n"
+
+
+def with_plugins(note: str, files: Sequence[Path]) -> tuple[str, list[str]]:
+    """What to note of a comparison, with the digests of the files of plugins that it was ever given; and the names of those
+    that were edited in between.
+
+    Raises:
+        RunError: one cannot be read.
+    """
+    noted = json.loads(note)
+    digests = noted.setdefault("plugins", {})
+    for file in files:
+        try:
+            digest = sha256(file.read_bytes()).hexdigest()[:12]
+        except OSError as error:
+            raise RunError(f"cannot read the plugin {str(file)!r}: {error.strerror or error}") from None
+        if digest not in (known := digests.setdefault(file.name, [])):
+            known.append(digest)
+    return json.dumps(noted, indent=1) + "\n", sorted(name for name, known in digests.items() if len(known) > 1)
 
 
 def differing(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -160,13 +160,16 @@ def _images(images: Any) -> Tensor:
                     f"images differ in shape: image 0 is {shapes[0]}, image {i} is {shape}; resize or crop them to one shape"
                 )
         images = np.stack([np.asarray(image) for image in images]) if shapes else np.empty((0, 1), np.uint8)
+    dtype = getattr(images, "dtype", type(images).__name__)
     x = as_tensor(images, "images")
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim not in (2, 4):
         raise DataError(f"images must be (N, C, H, W), (N, H, W) or (N, D); found shape {tuple(x.shape)}")
     if not (x.dtype == torch.uint8 or x.is_floating_point()):
-        raise DataError(f"images must be uint8 or floating point; found {x.dtype}; convert them with .astype('uint8')")
+        wide = bool((x < 0).any() or (x > 255).any())
+        to = "float32') and divide by their largest value" if wide else "uint8')"
+        raise DataError(f"images must be uint8 or floating point; found {dtype}; convert them with .astype('{to}")
     if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] > 4 and x.shape[2] > 4:
         raise DataError(f"images look like (N, H, W, C), shape {tuple(x.shape)}; give (N, C, H, W), as torch has it")
     if x.is_floating_point() and not bool(x.isfinite().all()):

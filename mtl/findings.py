@@ -28,12 +28,18 @@ def tell(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     tasks, reference, baseline = results["tasks"], results["reference"], results["baseline"]
     found = {"difference": compared(shares, reference, tasks)}
     if baseline == reference:
-        found["transfer"] = found["difference"]
+        found["transfer"] = [
+            {name: of for name, of in differences.items() if trains_jointly(cells[name])}
+            for cells, differences in zip(shares, found["difference"], strict=True)
+        ]
     elif baseline is not None:  # the two against each other are one comparison, and judged once
-        without = [{name: of for name, of in cells.items() if name != reference} for cells in shares]
+        without = [
+            {name: of for name, of in cells.items() if name == baseline or (name != reference and trains_jointly(of))}
+            for cells in shares
+        ]
         found["transfer"] = compared(without, baseline, tasks)
-        for transfer, difference in zip(found["transfer"], found["difference"], strict=True):
-            if baseline in difference:
+        for cells, transfer, difference in zip(shares, found["transfer"], found["difference"], strict=True):
+            if baseline in difference and trains_jointly(cells[reference]):
                 transfer[reference] = {what: mirrored(d) for what, d in difference[baseline].items()}
     return [
         _at(results, fraction, cells, {key: of[i] for key, of in found.items()})
@@ -62,6 +68,7 @@ def _at(
             "mean": _estimated([mean_score(cell, tasks) for cell in of_arm.values()]),
             "tasks": {task: _metrics(of_arm, task, about["metrics"]) for task, about in tasks.items()},
             "cost": _cost(of_arm),
+            "shares_nothing": trains_jointly(of_arm) and shares_nothing(of_arm),
         }
         if baseline in cells and name != baseline:
             said["delta_m"] = _relative(of_arm, cells[baseline], tasks)
@@ -69,6 +76,25 @@ def _at(
         for name, of in of_arms.items():
             arms[name][key] = of
     return {"fraction": fraction, "arms": arms, "answer": answer(arms, results, fraction)}
+
+
+def trains_jointly(cells: Cells) -> bool:
+    """Whether an arm's tasks are trained in one run, between which alone there is transfer."""
+    return all(len(cell["steps"]) == 1 for cell in cells.values())
+
+
+def kind_of(cell: Mapping[str, Any]) -> str:
+    """The kind of sharing of an arm that trains its tasks jointly; a run's name begins with it."""
+    return str(cell["runs"][0].rpartition("-seed")[0])
+
+
+def shares_nothing(cells: Cells) -> bool:
+    """Whether nothing but the sum of their losses is between the tasks of an arm that trains them jointly: towers apart, or
+    units that stay the identity.
+    """
+    return {kind_of(cell) for cell in cells.values()} == {"unshared"} or {cell["arm"] for cell in cells.values()} == {
+        "cross_stitch_frozen"
+    }
 
 
 def task_score(cell: Mapping[str, Any], task: str, tasks: Mapping[str, Any]) -> float:
@@ -197,8 +223,10 @@ def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float)
     else:
         parts.append(_on_average(said, reference, len(results["fractions"])))
         if len(results["tasks"]) > 1:
-            parts += _task_by_task({name: of for name, of in said.items() if baseline not in (name, reference)})
-    parts += _transfer(transfer, baseline)
+            elsewhere = [baseline, *(transfer if baseline == reference else [])]  # said of these below
+            parts += _task_by_task({name: of for name, of in said.items() if name not in elsewhere})
+        parts += _untold(said)
+    parts += _transfer(transfer, baseline, [name for name in transfer if arms[name]["shares_nothing"]])
     if said:
         parts += _unequal_training(results, fraction)
     for name in names:
@@ -255,21 +283,51 @@ def _task_by_task(said: Mapping[str, Any]) -> Iterator[str]:
         yield f"Task by task: {_shortened(parts, '; ')}."
 
 
-def _transfer(transfer: Mapping[str, Any], baseline: str | None) -> Iterator[str]:
-    """Which tasks are worse, and which better, than when trained alone."""
+def _untold(said: Mapping[str, Any]) -> Iterator[str]:
+    """Of arms whose mean is shown to differ, the tasks of which that takes more seeds: the mean may hide one that loses."""
+    parts, needed = [], 0
+    for name, of in said.items():
+        few = {task: d for task, d in of.items() if task != "mean" and d["verdict"] == FEW}
+        if len(of) > 2 and few and of["mean"]["verdict"] in (BETTER, WORSE):
+            each = ", ".join(f"{task} ({signed(d['mean'])})" for task, d in few.items())
+            parts.append(f"{name} on {each}")
+            needed = max(needed, *[d["seeds_needed"] for d in few.values()])
+    if parts:
+        yield f"What single tasks gain or lose cannot be told from so few seeds, it takes {needed}: {_shortened(parts, '; ')}."
+
+
+def _transfer(transfer: Mapping[str, Any], baseline: str | None, apart: Sequence[str]) -> Iterator[str]:
+    """Which tasks are worse, and which better, than when trained alone; of the arms `apart`, which share nothing, without
+    calling it transfer.
+    """
     verdicts = [of[task]["verdict"] for of in transfer.values() for task in of if task != "mean"]
     if not verdicts or all(verdict == FEW for verdict in verdicts):
         return
+    found = {
+        (verdict, without): [
+            f"{name} on {some}"
+            for name, of in transfer.items()
+            if (name in apart) == without and (some := _tasks_with(verdict, of))
+        ]
+        for without in (False, True)
+        for verdict in (WORSE, BETTER)
+    }
     for verdict, what in ((WORSE, "Negative"), (BETTER, "Positive")):
-        parts = [f"{name} on {some}" for name, of in transfer.items() if (some := _tasks_with(verdict, of))]
-        if parts:
+        if parts := found[verdict, False]:
             yield f"{what} transfer, against {baseline}: {_shortened(parts, '; ')}."
-    few = [name for name, of in transfer.items() if any(of[task]["verdict"] == FEW for task in of if task != "mean")]
+    sharing = {name: of for name, of in transfer.items() if name not in apart}
+    few = [name for name, of in sharing.items() if any(of[task]["verdict"] == FEW for task in of if task != "mean")]
     untold = f"of {', '.join(few)} it cannot be told, from so few seeds."
-    if WORSE not in verdicts:
+    if sharing and not found[WORSE, False]:
         yield f"Negative transfer, against {baseline}, is not shown" + (f"; {untold}" if few else ".")
     elif few:
         yield untold.capitalize()
+    for verdict in (WORSE, BETTER):
+        if parts := found[verdict, True]:
+            yield (
+                f"{verdict.capitalize()} than {baseline} without sharing anything, so that training together is all that "
+                f"differs: {_shortened(parts, '; ')}."
+            )
 
 
 def _tasks_with(verdict: str, of_arm: Mapping[str, Any]) -> str:
@@ -292,6 +350,19 @@ def _unequal_training(results: Mapping[str, Any], fraction: float) -> Iterator[s
     if len(set().union(*taken.values())) > 1:
         each = ", ".join(f"{arm} {' to '.join(f'{n:,}' for n in sorted({min(of), max(of)}))}" for arm, of in taken.items())
         yield f"Not all trained for equally many optimizer steps ({each}), and differences are also of that."
+    batch = results["config"]["batch_size"]
+    for arm in results["arms"]:
+        unlike = arm.get("unlike", {})
+        if (other := unlike.get("batch_size", batch)) != batch:
+            yield (
+                f"{arm['name']} takes {other:,} images in a step instead of {batch:,}, so it saw {other / batch:.3g} times as "
+                "many, and differences are also of that."
+            )
+        if starts := unlike.get("init_from"):
+            yield (
+                f"{arm['name']} starts {', '.join(starts)} from given weights, whose training is not counted and may have seen "
+                "other data, and differences are also of that."
+            )
     if warm := list(dict.fromkeys(cell["arm"] for cell in cells if cell["starts"])):
         yield (
             f"{', '.join(warm)} start{'s' * (len(warm) == 1)} from towers already trained on each task alone, and differences "

@@ -59,7 +59,8 @@ def finished(directory: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise RunError(f"cannot read the run {str(directory)!r}: {error.strerror or error}") from None
-    return said if isinstance(said, dict) and all(key in said for key in NEEDED) else None
+    whole = isinstance(said, dict) and all(key in said for key in NEEDED) and said["test"] != {}
+    return said if whole else None
 
 
 class Tally:

@@ -83,6 +83,8 @@ class MultiTaskModel(nn.Module):
         self.tasks = tuple(tasks)
         with seeded(seed, "trunk"):
             trunk = make_backbone()
+        self.declared = tuple(trunk.points)
+        """The backbone's own layer points, whichever of them the sharing uses."""
         plan = sharing.plan(trunk.points)
         if plan.named and plan.named != plan.points:
             _cut(trunk, plan.named)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
-from mtl.findings import FEW
+from mtl.findings import FEW, kind_of
 from mtl.scores import FLOOR
 from mtl.sections import Section, Table, sections_of
 from mtl.stats import seeds_needed
@@ -120,9 +120,10 @@ def facts(results: Mapping[str, Any]) -> str:
         + (f" ({counted(one['runs'], 'run')})" if len(results["machines"]) > 1 else "")
         for one in results["machines"]
     )
+    where = "; ".join([*[places] * bool(places), results["config"]["precision"]])
     return (
-        f"Seed{'s' * (len(seeds) > 1)} {ranges(seeds)}. Samples{shares}: {splits}. {places}; "
-        f"{results['config']['precision']}. Digest of the config: {results['environment']['config_digest']}."
+        f"Seed{'s' * (len(seeds) > 1)} {ranges(seeds)}. Samples{shares}: {splits}. {where}. "
+        f"Digest of the config: {results['environment']['config_digest']}."
     )
 
 
@@ -201,6 +202,23 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         found.append(f"{counted(len(results['failed']), 'cell')} missing, for a run failed ({each}); the report says why.")
     for run, why in results.get("unreadable", {}).items():
         found.append(f"What {run} exchanges is not shown: {why}; move its folder away, and the same again trains it anew.")
+    found += [
+        f"{' and '.join(arms)} are the very same runs; each is counted among the arms over which p is corrected, which makes "
+        "it larger than need be."
+        for arms in alike(results)
+    ]
+    if others := results.get("not_shown"):
+        each = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        found.append(
+            f"{counted(len(others), 'finished run')} of this directory {'is' if len(others) == 1 else 'are'} not in these "
+            f"figures, being of arms, seeds or shares of the data that were not named: {each}. Who leaves some out after "
+            "seeing them chooses the result."
+        )
+    if edited := results.get("edited"):
+        found.append(
+            f"{', '.join(edited)} {'was' if len(edited) == 1 else 'were'} edited while this comparison came about: runs of "
+            "before and after stand side by side. If what they train changed, give another directory."
+        )
     for dataset, counts in results.get("set_aside", {}).items():  # which results of an earlier version do not hold
         each = "; ".join(f"{count:,} {why}" for why, count in counts.items())
         found.append(f"Of dataset {dataset} were set aside: {each} (the most in one run); a run's set_aside.csv lists them.")
@@ -214,7 +232,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 def method(results: Mapping[str, Any]) -> list[str]:
     """How the figures came about."""
-    lines = [f"{arm['name']}: {arm['about']}." for arm in results["arms"]]
+    lines = [f"{arm['name']}: {arm['about']}{_shared_in(results, arm['name'])}." for arm in results["arms"]]
     lines.append(
         f"All arms had the same splits; {steps_taken(results)}. Joint runs had the same training samples, runs of one task "
         "those of them that have its label; joint runs of one seed had the same order of samples and the same initial weights "
@@ -247,6 +265,25 @@ def method(results: Mapping[str, Any]) -> list[str]:
             "by the mean of all tasks."
         )
     return lines
+
+
+def _shared_in(results: Mapping[str, Any], arm: str) -> str:
+    """The kind of sharing of an arm whose name does not tell it."""
+    cells = [cell for cell in results["cells"] if cell["arm"] == arm]
+    if len(results["tasks"]) == 1 or not cells or len(cells[0]["steps"]) > 1 or (kind := kind_of(cells[0])) in arm:
+        return ""
+    return f"; its sharing is {kind}"
+
+
+def alike(results: Mapping[str, Any]) -> list[list[str]]:
+    """Arms that are the very same runs."""
+    runs: dict[str, list[Any]] = {}
+    for cell in results["cells"]:
+        runs.setdefault(cell["arm"], []).append((cell["fraction"], cell["seed"], cell["runs"]))
+    groups: dict[str, list[str]] = {}
+    for arm, of in runs.items():
+        groups.setdefault(repr(of), []).append(arm)
+    return [arms for arms in groups.values() if len(arms) > 1]
 
 
 def _selection(results: Mapping[str, Any]) -> str:

@@ -136,8 +136,8 @@ def summary(results: Mapping[str, Any], said: Mapping[str, Any]) -> Table:
         row = [name, str(len(of["seeds"])), plus_minus(of["mean"]), *each, in_points(d), p_value(d)]
         if baseline is not None:
             row.append(plus_minus(of["delta_m"], 2) if of.get("delta_m") else "")
-        rows.append([*row, f"{of['cost']['parameters']:,.0f}"])
-    return Table([*head, *["delta_m, %"] * (baseline is not None), "parameters"], rows)
+        rows.append([*row, f"{of['cost']['parameters']:,.0f}", f"{of['cost']['flops_per_image'] / 1e6:,.2f}"])
+    return Table([*head, *["delta_m, %"] * (baseline is not None), "parameters", "MFLOPs"], rows)
 
 
 def score_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Look) -> Iterator[Part]:

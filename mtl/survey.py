@@ -31,7 +31,7 @@ class Survey:
     Args:
         tasks: with what their heads took from the training data.
         shape: of one sample.
-        points: layer points of the network, in order.
+        points: layer points of the config, or the backbone's own, in order.
         samples: split -> dataset -> how many.
         labelled: task -> training samples with its label.
         epoch_steps: updates in an epoch.
@@ -70,7 +70,7 @@ def survey(config: RunConfig) -> Survey:
         return Survey(
             tasks=tasks,
             shape=shape,
-            points=tuple(point.name for point in model.points[:-1]),
+            points=config.sharing.points or model.declared,
             samples={split: {name: len(part) for name, part in parts.items()} for split, parts in samples.items()},
             labelled={task.name: _samples_with_label(training[task.dataset], task.name) for task in tasks},
             epoch_steps=feed.steps_per_epoch,

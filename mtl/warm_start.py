@@ -84,8 +84,13 @@ def source(task: str, given: InitFrom) -> Source:
                 f"{{path: ..., task: {trained[0]}}} starts from another task"
             ]
         )
+    return source_of(str(file), task, name, state)
+
+
+def source_of(where: str, task: str, name: str, state: Mapping[str, Tensor]) -> Source:
+    """What `task` starts from where a model with these weights had it as `name`."""
     network = {**_under("trunk", state), **_under(f"towers.{name}", state)}
-    return Source(str(file), network, _under(f"heads.{name}", state) if name == task else None)
+    return Source(where, network, _under(f"heads.{name}", state) if name == task else None)
 
 
 def _contents(file: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any] | None]:

@@ -23,7 +23,7 @@ RANK = {
     "figures": 0,
     "exchange_figures": 1,
     "ablation": 9,
-    "arms": 8,
+    "arms": 9,
     "jobs": 14,
     "analysis": 13,
     "report": 3,
