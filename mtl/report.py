@@ -203,8 +203,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     for run, why in results.get("unreadable", {}).items():
         found.append(f"What {run} exchanges is not shown: {why}; move its folder away, and the same again trains it anew.")
     found += [
-        f"{' and '.join(arms)} are the very same runs; each is counted among the arms over which p is corrected, which makes "
-        "it larger than need be."
+        f"{', '.join(arms[:-1])} and {arms[-1]} are the very same runs; each is counted among the arms over which p is "
+        "corrected, which makes it larger than need be."
         for arms in alike(results)
     ]
     if others := results.get("not_shown"):

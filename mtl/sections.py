@@ -94,16 +94,17 @@ WIDEST = 7
 """Columns that fit on a page."""
 
 
-def plus_minus(value: Mapping[str, Any] | None, digits: int = 4) -> str:
-    """A mean with half the width of its interval, or with its ends where they differ."""
+def plus_minus(value: Mapping[str, Any] | None, digits: int = 4, sign: str = "") -> str:
+    """A mean with half the width of its interval, or with its ends where they differ; `sign` "+" for a difference."""
     if value is None:
         return "-"
+    mean = f"{value['mean']:{sign}.{digits}f}"
     if value["low"] is None:
-        return f"{value['mean']:.{digits}f}"
+        return mean
     below, above = value["mean"] - value["low"], value["high"] - value["mean"]
     if value["method"] == "t":
-        return f"{value['mean']:.{digits}f} ± {above:.{digits}f}"
-    return f"{value['mean']:.{digits}f} (-{below:.{digits}f} +{above:.{digits}f})"
+        return f"{mean} ± {above:.{digits}f}"
+    return f"{mean} (-{below:.{digits}f} +{above:.{digits}f})"
 
 
 def in_points(d: Mapping[str, Any] | None) -> str:
@@ -135,7 +136,7 @@ def summary(results: Mapping[str, Any], said: Mapping[str, Any]) -> Table:
         each = [plus_minus(of["tasks"][task][about["score"]]) for task, about in tasks.items()]
         row = [name, str(len(of["seeds"])), plus_minus(of["mean"]), *each, in_points(d), p_value(d)]
         if baseline is not None:
-            row.append(plus_minus(of["delta_m"], 2) if of.get("delta_m") else "")
+            row.append(plus_minus(of["delta_m"], 2, "+") if of.get("delta_m") else "")
         rows.append([*row, f"{of['cost']['parameters']:,.0f}", f"{of['cost']['flops_per_image'] / 1e6:,.2f}"])
     return Table([*head, *["delta_m, %"] * (baseline is not None), "parameters", "MFLOPs"], rows)
 
@@ -206,7 +207,9 @@ def transfer_parts(results: Mapping[str, Any], said: Mapping[str, Any], look: Lo
         losing = [task for task in tasks if of["transfer"][task]["verdict"] == WORSE]
         few = all(of["transfer"][task]["verdict"] == FEW for task in tasks)
         words = ", ".join(losing) or ("too few seeds" if few else "not shown")
-        delta = plus_minus(of["delta_m"], 2) if of["delta_m"] is not None else "-"
+        if of["shares_nothing"]:
+            words = "nothing is shared" + f"; worse on {words}" * bool(losing)
+        delta = plus_minus(of["delta_m"], 2, "+") if of["delta_m"] is not None else "-"
         rows.append([name, words, delta, *[in_points(of["transfer"][task]) for task in tasks]])
     compared = [of["transfer"] for of in said["arms"].values() if of.get("transfer")]
     title = differences_title("the single-task runs", compared)

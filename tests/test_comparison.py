@@ -763,7 +763,7 @@ def test_delta_m_and_the_tables_follow_each_metrics_direction() -> None:
     table = summary({**results, "findings": [said]}, said)
     row = dict(zip(table.head, table.rows[2], strict=True))
     assert row["points over unshared"].startswith("+20.00")
-    assert row["delta_m, %"].startswith("67.50")
+    assert row["delta_m, %"].startswith("+67.50")
 
 
 def test_the_heat_maps_show_the_last_epoch_and_the_ablation_in_points(monkeypatch: pytest.MonkeyPatch) -> None:
