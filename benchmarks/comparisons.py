@@ -222,9 +222,9 @@ def tuning(config: mtl.RunConfig, experiment: Experiment, jobs: int, out: Path) 
 
 
 def kept(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record holds: all but what is long and can be looked at only in the report."""
+    """What a record holds: all but what is long and can be looked at only in the report, and what is of the directory."""
     cells = [{key: value for key, value in cell.items() if key not in ("curves", "exchange")} for cell in results["cells"]]
-    return {**results, "cells": cells}
+    return {**{key: value for key, value in results.items() if key != "not_shown"}, "cells": cells}
 
 
 def seeds_of(text: str) -> list[int]:

@@ -122,7 +122,9 @@ class Joint(Arm):
             ConfigError: overrides that do not fit the config, or after which runs would not compare.
         """
         config = from_tree(override(setting.base.model_dump(mode="json"), self.overrides))
-        config = config.replaced(init_from={task: located(task, given) for task, given in config.init_from.items()})
+        starts = config.init_from
+        own = {task: located(task, given) for task, given in starts.items() if setting.base.init_from.get(task) != given}
+        config = config.replaced(init_from={**starts, **own})
         if unequal := _unequal(config, setting.base):
             raise ConfigError([f"{', '.join(unequal)}: must be the same for all arms; set it in the config"])
         missing = [] if isinstance(config.sharing, Exchange) else ["units"]
@@ -131,12 +133,12 @@ class Joint(Arm):
             data=config.data.model_copy(update={"fraction": fraction}),
             optim=config.optim.model_copy(update={"freeze": tuple(without(config.optim.freeze, missing))}),
         )
-        starts = {}
+        before = {}
         if self.warm:
             if config.sharing.plan(setting.points).shared:
                 raise ConfigError(["init_from=single_task: the tasks share a trunk, which can start from one run only"])
-            starts = {piece.tasks[0]: piece for piece in Separate(SINGLE_TASK, "").pieces(setting, fraction, seed)}
-        return [Piece(config, tuple(task.name for task in config.tasks), starts)]
+            before = {piece.tasks[0]: piece for piece in Separate(SINGLE_TASK, "").pieces(setting, fraction, seed)}
+        return [Piece(config, tuple(task.name for task in config.tasks), before)]
 
     def unlike(self, setting: Setting) -> dict[str, Any]:
         """`batch_size`, and under `init_from` the tasks whose towers start elsewhere, where the arm's own overrides say so."""

@@ -132,7 +132,7 @@ def with_tasks(note: str, tasks: Mapping[str, Any], directory: Path) -> str:
         RunError: they are not those that it began with.
     """
     noted = json.loads(note)
-    tasks = json.loads(json.dumps(tasks, default=repr))
+    tasks = json.loads(json.dumps(_rounded(tasks), default=lambda other: type(other).__name__))
     then = noted.setdefault("tasks", tasks)  # which comparisons of an earlier version lack
     if changes := differing(then, tasks):
         each = "; ".join(f"{key} {was!r} there, {now!r} now" for key, (was, now) in changes.items())
@@ -141,6 +141,15 @@ def with_tasks(note: str, tasks: Mapping[str, Any], directory: Path) -> str:
             "directory"
         )
     return json.dumps(noted, indent=1) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers that were fitted to data to six digits: of the others some differ from machine to machine."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def with_plugins(note: str, files: Sequence[Path]) -> tuple[str, list[str]]:

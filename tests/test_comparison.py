@@ -37,7 +37,7 @@ from mtl.checkpoints import newest, state_of
 from mtl.cli import app
 from mtl.collecting import Facts, circumstances
 from mtl.comparison import cells_of
-from mtl.comparison_dir import begun
+from mtl.comparison_dir import begun, with_tasks
 from mtl.config import RunConfig, load
 from mtl.findings import BETTER, FEW, OPEN, WORSE, tell
 from mtl.locking import Lock
@@ -422,6 +422,16 @@ def test_an_edited_plugin_is_noticed(base: RunConfig, in_tmp: Path) -> None:
     width, smooth = 4, 0.1
     with pytest.raises(mtl.RunError, match=r"other tasks, for a plugin was edited since: tiny_edited\.head\.label_smoothing 0"):
         again(3)
+
+
+def test_tasks_are_the_same_on_another_machine_and_in_another_process(tmp_path: Path) -> None:
+    """What is fitted differs in its last digits, and what has no text of its own by its address."""
+    there = {"a": {"head": {"mean": [0.1, 3], "classes": ("x", "y"), "kind": object()}}}
+    note = with_tasks("{}", there, tmp_path)
+    same = {"a": {"head": {"mean": [0.1 + 1e-12, 3], "classes": ["x", "y"], "kind": object()}}}
+    assert with_tasks(note, same, tmp_path) == note
+    with pytest.raises(mtl.RunError, match=r"other tasks.*a\.head\.mean \[0\.1, 3\] there, \[0\.2, 3\] now"):
+        with_tasks(note, {"a": {"head": {**same["a"]["head"], "mean": [0.2, 3]}}}, tmp_path)
 
 
 def test_arms_that_are_the_same_runs_are_told(base: RunConfig, in_tmp: Path) -> None:
