@@ -147,7 +147,7 @@ def compare(
     with json_only(as_json):
         load_plugins(plugin)
         from mtl import comparison
-        from mtl.arms import default_arms, listed
+        from mtl.arm_specs import default_arms, listed
         from mtl.comparison_dir import default_directory
         from mtl.config import load
         from mtl.progress import for_terminal

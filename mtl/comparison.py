@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mtl import report
-from mtl.arms import SINGLE_TASK, Arm, Piece, arms_of, default_arms
+from mtl.arm_specs import arms_of, default_arms
+from mtl.arms import SINGLE_TASK, Arm, Piece
 from mtl.auto import resolved
 from mtl.build import make_tasks
 from mtl.collecting import Cell, Facts, collect
@@ -66,7 +67,7 @@ def compare(
 
     Args:
         config: what all arms have in common, as `mtl.load_config` gives it.
-        arms: names such as `cross_stitch`, `NAME:key=value ...`, or mappings {name: overrides}; see `mtl.arms`. None:
+        arms: names such as `cross_stitch`, `NAME:key=value ...`, or mappings {name: overrides}; see `mtl.arm_specs`. None:
             `single_task`, `hard_shared`, `unshared` and the config's own sharing, or `cross_stitch`.
         seeds: how many, counted from the config's own, or which.
         fractions: shares of the training data; None: the config's own.

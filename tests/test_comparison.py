@@ -29,7 +29,8 @@ from torch import nn
 import mtl
 from benchmarks import comparisons
 from mtl import comparison, exchange_figures, figures, jobs, keeping, trainer
-from mtl.arms import Arm, Setting, arms_of, member_seed
+from mtl.arm_specs import arms_of
+from mtl.arms import Arm, Setting, member_seed
 from mtl.auto import resolved
 from mtl.backbones import SmallCNN
 from mtl.build import model_with_weights, reopened

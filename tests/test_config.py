@@ -14,7 +14,7 @@ from conftest import TINY, TinyOptions
 from pydantic import BaseModel, ValidationError
 
 import mtl
-from mtl.arms import _as_overrides, _as_yaml
+from mtl.arm_specs import _as_overrides, _as_yaml
 from mtl.choices import Choice
 from mtl.config import from_tree, json_schema, load, override
 from mtl.registry import BACKBONES, BALANCERS, DATASETS, TASKS

@@ -24,6 +24,7 @@ RANK = {
     "exchange_figures": 1,
     "ablation": 9,
     "arms": 9,
+    "arm_specs": 10,
     "jobs": 14,
     "analysis": 13,
     "report": 3,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import mtl
 from mtl import build
-from mtl.arms import arms_of
+from mtl.arm_specs import arms_of
 from mtl.auto import resolved
 from mtl.batches import Augment, Feed
 from mtl.collecting import Facts
