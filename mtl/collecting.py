@@ -24,6 +24,7 @@ from mtl.rundir import DISTRIBUTION, environment
 from mtl.sampling import Mixing
 from mtl.sharing import Exchange
 from mtl.survey import parameters_and_flops, survey
+from mtl.task import Task
 from mtl.warm_start import source, source_of, start_from
 
 FORMAT = 1
@@ -98,7 +99,7 @@ class Facts:
         Raises:
             MTLError: they are of another network, or cannot be read.
         """
-        key = piece.config.replaced(seed=0).digest(), bool(piece.starts)
+        key = self._network(piece.config), bool(piece.starts)
         if key in self._started or not (piece.config.init_from or piece.starts):
             return
         sources = {task: source(task, given) for task, given in piece.config.init_from.items()}
@@ -109,17 +110,22 @@ class Facts:
         self._started.add(key)
 
     def _model(self, config: RunConfig) -> MultiTaskModel:
+        return model_of(config, self._tasks_of(config), self.shape, pretrained=False)
+
+    def _tasks_of(self, config: RunConfig) -> list[Task]:
         wanted = [task.name for task in config.tasks]
-        return model_of(config, [task for task in self.tasks if task.name in wanted], self.shape, pretrained=False)
+        return [task for task in self.tasks if task.name in wanted]
+
+    @staticmethod
+    def _network(config: RunConfig) -> str:
+        """What configs share whose runs differ in the seed and the share of the data only."""
+        return config.replaced(seed=0, data=config.data.model_copy(update={"fraction": 1.0})).digest()
 
     def cost(self, config: RunConfig) -> tuple[int, int]:
         """Parameters that a config trains, and FLOPs of a forward pass."""
-        data = config.data.model_copy(update={"fraction": 1.0})
-        key = config.replaced(seed=0, data=data).digest()
+        key = self._network(config)
         if key not in self._costs:
-            wanted = [task.name for task in config.tasks]
-            tasks = [task for task in self.tasks if task.name in wanted]
-            self._costs[key] = parameters_and_flops(config, tasks, self.shape)
+            self._costs[key] = parameters_and_flops(config, self._tasks_of(config), self.shape)
         return self._costs[key]
 
 
