@@ -24,12 +24,15 @@ from mtl.evaluation import evaluate
 from mtl.hardware import memory_kept
 from mtl.model import MultiTaskModel, Outputs
 from mtl.progress import Progress, Silent
+from mtl.resizing import in_shape
 from mtl.sharing import Exchange
 from mtl.task import Task
 from mtl.writing import write_whole
 
 EXCHANGE = ("split", "falls", "channels")
 """Keys of what is kept of a run's exchange."""
+OF = "trainings"
+"""The key that says of which trainings something is kept: a run that was removed and trained anew has other weights."""
 QUANTILES = 65
 """Points of the curve of a unit's values per channel, in order of size."""
 
@@ -80,11 +83,11 @@ class Analyst:
         members = " ".join(run.name for run in runs)
         name = f"ensemble-{sha256(members.encode()).hexdigest()[:12]}"
         tasks = [task.name for task in load(runs[0] / "config.yaml").tasks]
-        return self._kept(name, tasks, lambda: self._ensemble(runs))
+        return self._kept(name, runs, tasks, lambda: self._ensemble(runs))
 
     def has_exchange(self, run: Path) -> bool:
         """Whether what a run exchanges is on disk."""
-        return self._read(run.name, EXCHANGE) is not None
+        return self._read(run.name, [run], EXCHANGE) is not None
 
     def exchange(self, run: Path, label: str = "") -> dict[str, Any] | None:
         """Of a run's exchange units, by layer point: `coupling` over epochs and `channels` in order of size, of units that have
@@ -94,33 +97,36 @@ class Analyst:
         if not isinstance(load(run / "config.yaml").sharing, Exchange):
             return None
         try:
-            kept = self._kept(run.name, EXCHANGE, lambda: self._exchange(run, label or run.name))
+            kept = self._kept(run.name, [run], EXCHANGE, lambda: self._exchange(run, label or run.name))
         except RunError as error:  # its scores stand in its result.json
             self.unreadable[run.name] = str(error)
             return None
         return {"coupling": trajectory(run), **kept}
 
-    def _kept(self, name: str, keys: Sequence[str], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if (kept := self._read(name, keys)) is not None:
+    def _kept(
+        self, name: str, runs: Sequence[Path], keys: Sequence[str], compute: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        if (kept := self._read(name, runs, keys)) is not None:
             return kept
         found = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / f"{name}.json", json.dumps(found) + "\n")
+        write_whole(self.folder / f"{name}.json", json.dumps({OF: trainings(runs), **found}) + "\n")
         return found
 
-    def _read(self, name: str, keys: Sequence[str]) -> dict[str, Any] | None:
-        """What is kept under a name; None where nothing is, or something else."""
+    def _read(self, name: str, runs: Sequence[Path], keys: Sequence[str]) -> dict[str, Any] | None:
+        """What is kept under a name of these very trainings; None where nothing is, or something else."""
         with suppress(OSError, ValueError):
             kept = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            if isinstance(kept, dict) and set(keys) <= kept.keys():
-                return kept
+            if isinstance(kept, dict) and set(keys) <= kept.keys() and kept.get(OF) == trainings(runs):
+                return {key: kept[key] for key in keys}
         return None
 
     def _samples(self, config: RunConfig, tasks: Sequence[Task]) -> dict[Split, dict[str, Samples]]:
-        """Validation and test samples; those of the last call are at hand."""
+        """Validation and test samples, as a run sees them; those of the last call are at hand."""
         key = json.dumps([config.model_dump(mode="json")["data"], [task.name for task in tasks]], sort_keys=True)
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = (key, load_data(config, list(tasks), (Split.VAL, Split.TEST)))
+            loaded = load_data(config, list(tasks), (Split.VAL, Split.TEST))
+            self._loaded = (key, {split: in_shape(parts, config.data.input_shape) for split, parts in loaded.items()})
         return self._loaded[1]
 
     def _ensemble(self, runs: Sequence[Path]) -> dict[str, Any]:
@@ -146,6 +152,11 @@ class Analyst:
                 curve = values.detach().cpu().double().quantile(at, dim=2)  # (Q, T, T)
                 channels[point] = curve.permute(1, 2, 0).tolist()
         return {"split": split, "falls": falls, "channels": channels}
+
+
+def trainings(runs: Sequence[Path]) -> str:
+    """Twelve digits of what finished runs came to, and when."""
+    return sha256(b"".join((run / "result.json").read_bytes() for run in runs)).hexdigest()[:12]
 
 
 def trajectory(run: Path) -> dict[str, dict[str, list[Any]]]:

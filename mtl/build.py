@@ -34,7 +34,7 @@ from mtl.portions import Portion
 from mtl.processes import ALONE, Processes, joined
 from mtl.progress import Progress, Silent
 from mtl.registry import BACKBONES, BALANCERS, DATASETS
-from mtl.resizing import brought_to, common_shape
+from mtl.resizing import brought_to, common_shape, in_shape
 from mtl.run import Run, RunResult
 from mtl.rundir import make_directory, refuse_unusable
 from mtl.sharing import Sharing
@@ -319,8 +319,7 @@ def evaluate_run(
         samples = load_data(config, tasks, [Split(split)], decoders)[Split(split)]
         if not samples:
             raise DataError(f"this run has no {split} split")
-        shape = common_shape(samples, config.data.input_shape)
-        samples = {name: brought_to(part, shape) for name, part in samples.items()}
+        samples = in_shape(samples, config.data.input_shape)
         model = model_with_weights(directory, config, tasks, input_shape(samples), weights)
         figures = evaluate(model, samples, 2 * config.batch_size, autocast(config))
     return {**figures, "score": mean_score(model.tasks, figures)}

@@ -43,6 +43,12 @@ def common_shape(samples: Mapping[str, Samples], wanted: Shape | None = None) ->
     return shape
 
 
+def in_shape(samples: Mapping[str, Samples], wanted: Shape | None) -> dict[str, Samples]:
+    """Samples of one split with images of one shape, as `common_shape` gives it."""
+    shape = common_shape(samples, wanted) if samples else ()
+    return {name: brought_to(part, shape) for name, part in samples.items()}
+
+
 def brought_to(part: Samples, shape: Shape) -> Samples:
     """The samples with images of another shape: resized, bilinear with antialiasing, and grey repeated for each channel. Files
     are decoded to that size at once.
