@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON obj
 
 @contextmanager
 def json_only(as_json: bool) -> Iterator[None]:
-    """With `--json` send to standard error what plugins and libraries print, so that standard output is one JSON object."""
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    """With `--json` send to standard error what plugins and libraries print, here and in processes that are started meanwhile,
+    so that standard output is one JSON object.
+    """
+    with redirect_stdout(sys.stderr) if as_json else nullcontext(), _descriptor_too() if as_json else nullcontext():
         yield
+
+
+@contextmanager
+def _descriptor_too() -> Iterator[None]:
+    """What is written past `sys.stdout` as well; not where one of the two is closed."""
+    try:
+        _flush()
+        before = os.dup(1)
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            _flush()
+        os.dup2(before, 1)
+        os.close(before)
+
+
+def _flush() -> None:
+    """Write what the interpreter's own standard output still holds."""
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
 
 
 def load_plugins(paths: list[Path] | None) -> None:

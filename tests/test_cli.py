@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import mtl
 from mtl import cli
 from mtl.checkpoints import BEST, MODEL, STATE, TRAINING
+from mtl.command import json_only
 from mtl.commit import MANIFEST
 from mtl.registry import DATASETS
 
@@ -580,6 +581,17 @@ def test_a_dataset_says_which_options_it_takes() -> None:
     assert "takes no options" in command("datasets", "multi_fashion").out
     check_refused(command("datasets", "vggface"), "unknown dataset 'vggface'", "did you mean 'vggface2'")
     assert command("tasks", "column_number", "--json").json["options"]["unit"]["about"] == 'Of the numbers, as in "kg".'
+
+
+def test_with_json_nothing_else_is_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    with json_only(True):
+        print("printed")
+        os.write(1, b"written\n")
+        subprocess.run([sys.executable, "-c", "print('by another process')"], check=True)
+    print("{}")
+    said = capfd.readouterr()
+    assert said.out == "{}\n"
+    assert set(said.err.split("\n")) == {"printed", "written", "by another process", ""}
 
 
 def test_config_schema_is_one_json_object() -> None:
