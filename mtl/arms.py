@@ -15,6 +15,7 @@ from typing import Any
 
 from mtl.config import RunConfig, from_tree, override
 from mtl.errors import ConfigError
+from mtl.registry import BACKBONES
 from mtl.seeding import derive_seed
 from mtl.sharing import Exchange
 from mtl.warm_start import located
@@ -133,11 +134,15 @@ class Joint(Arm):
         return [Piece(config, tuple(task.name for task in config.tasks), before)]
 
     def unlike(self, setting: Setting) -> dict[str, Any]:
-        """`batch_size`, and under `init_from` the tasks whose towers start elsewhere, where the arm's own overrides say so."""
+        """`images`, the samples of a dataset in a step, `draws`, keys by which samples are drawn otherwise, and `init_from`,
+        the tasks whose towers start elsewhere; of these what the arm's own overrides say.
+        """
         config, base = self.pieces(setting, setting.base.data.fraction, setting.base.seed)[0].config, setting.base
         starts = sorted(task for task, given in config.init_from.items() if base.init_from.get(task) != given)
-        batch = {"batch_size": config.batch_size} if config.batch_size != base.batch_size else {}
-        return {**batch, **({"init_from": starts} if starts else {})}
+        images, others = (one.batch_size * one.optim.accumulate for one in (config, base))
+        draws = [key for key in ("mixing", "class_balanced") if getattr(config.data, key) != getattr(base.data, key)]
+        found = {"images": images if images != others else None, "draws": draws, "init_from": starts}
+        return {key: value for key, value in found.items() if value}
 
 
 class Separate(Arm):
@@ -167,7 +172,8 @@ class Separate(Arm):
         chosen = [one.name for one in setting.base.tasks].index(task)
         tree |= {"tasks": [tree["tasks"][chosen]], "sharing": {"kind": "unshared"}, "balancer": "fixed", "seed": seed}
         if setting.weights[task] != 1:  # of a loss among others; alone it would scale the rate, or what decays
-            tree["tasks"][0]["weight"] = 1.0
+            given = tree["tasks"][0]
+            tree["tasks"] = [{**(given if isinstance(given, dict) else {"name": given}), "weight": 1.0}]
         tree["init_from"] = {name: start for name, start in tree["init_from"].items() if name == task}
         data = tree["data"]
         data["datasets"] = {name: given for name, given in data["datasets"].items() if name == setting.datasets[task]}
@@ -208,17 +214,27 @@ def member_seed(seed: int, member: int) -> int:
 
 
 def widened(config: RunConfig, wanted: int, parameters: Callable[[RunConfig], int]) -> RunConfig:
-    """The config with its backbone's `width` such that its network has as nearly `wanted` parameters as four decimals allow."""
+    """The config with its backbone's `width` such that its network has as nearly `wanted` parameters as four decimals allow, or
+    whole numbers where the option is one.
+
+    Raises:
+        ConfigError: no width gives so many.
+    """
     tree = config.model_dump(mode="json")
+    options = BACKBONES.get(config.backbone.name).options
+    assert options is not None
+    parts = 1 if options.model_fields["width"].annotation is int else 10_000  # of 1
 
-    def at(width: float) -> RunConfig:
-        return from_tree(override(tree, [f"backbone.width={width}"]))
+    def at(width: int) -> RunConfig:
+        return from_tree(override(tree, [f"backbone.width={width if parts == 1 else width / parts}"]))
 
-    low, high = 0.0, 1.0
-    while parameters(at(high)) < wanted:
+    low, high = 0, parts
+    while (found := parameters(at(high))) < wanted:
+        if low and found <= parameters(at(low)):
+            raise ConfigError([f"backbone.width={high // parts} trains {found:,} parameters, no more than half of that does"])
         low, high = high, 2 * high
-    while high - low > 0.0002:
-        middle = round((low + high) / 2, 4)
+    while high - low > 1:
+        middle = (low + high) // 2
         low, high = (middle, high) if parameters(at(middle)) < wanted else (low, middle)
     nearest = min((width for width in (low, high) if width), key=lambda width: abs(parameters(at(width)) - wanted))
     return at(nearest)
