@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mtl.analysis import Analyst, curves
 from mtl.arms import SINGLE_TASK, Arm, Piece, Setting
@@ -25,6 +28,7 @@ from mtl.sampling import Mixing
 from mtl.sharing import Exchange
 from mtl.survey import parameters_and_flops, survey
 from mtl.task import Task
+from mtl.units import ExchangeUnit
 from mtl.warm_start import source, source_of, start_from
 
 FORMAT = 1
@@ -113,8 +117,26 @@ class Facts:
         return model_of(config, self._tasks_of(config), self.shape, pretrained=False)
 
     def _tasks_of(self, config: RunConfig) -> list[Task]:
-        wanted = [task.name for task in config.tasks]
-        return [task for task in self.tasks if task.name in wanted]
+        return _named_in(config, self.tasks)
+
+    def besides(self, arm: Arm) -> dict[str, Any]:
+        """Of an arm `unlike`, what its runs are given beyond what others are, and `apart`, whether units stay the identity."""
+        pieces = arm.pieces(self.setting, self.base.data.fraction, self.base.seed)
+        return {"unlike": arm.unlike(self.setting), "apart": all(self._stays_identity(piece.config) for piece in pieces)}
+
+    def _stays_identity(self, config: RunConfig) -> bool:
+        """Whether exchange units are frozen, and give every tower its own features back."""
+        if not isinstance(config.sharing, Exchange) or not config.optim.freeze:
+            return False
+        model = self._model(config)
+        model.freeze(config.optim.freeze)
+        shapes = {point.name: point.shape for point in model.points}
+        return all(_gives_back(unit, len(config.tasks), shapes[point]) for point, unit in model.exchange().items())
+
+    def parameters(self, config: RunConfig) -> int:
+        """Numbers that a config trains, its heads as its own share of the data makes them."""
+        tasks = self.survey(config.data.fraction).tasks
+        return self._counted(f"{self._network(config)} {config.data.fraction}", config, tasks)[0]
 
     @staticmethod
     def _network(config: RunConfig) -> str:
@@ -123,10 +145,27 @@ class Facts:
 
     def cost(self, config: RunConfig) -> tuple[int, int]:
         """Parameters that a config trains, and FLOPs of a forward pass."""
-        key = self._network(config)
+        return self._counted(self._network(config), config, self.tasks)
+
+    def _counted(self, key: str, config: RunConfig, tasks: Sequence[Task]) -> tuple[int, int]:
         if key not in self._costs:
-            self._costs[key] = parameters_and_flops(config, self._tasks_of(config), self.shape)
+            self._costs[key] = parameters_and_flops(config, _named_in(config, tasks), self.shape)
         return self._costs[key]
+
+
+def _named_in(config: RunConfig, tasks: Sequence[Task]) -> list[Task]:
+    wanted = [task.name for task in config.tasks]
+    return [task for task in tasks if task.name in wanted]
+
+
+@torch.no_grad()
+def _gives_back(unit: ExchangeUnit, tasks: int, shape: tuple[int, ...]) -> bool:
+    """Whether a unit trains nothing, and leaves features as they are."""
+    if any(one.requires_grad for one in unit.parameters()):
+        return False
+    device = next((one.device for one in (*unit.parameters(), *unit.buffers())), torch.device("cpu"))
+    features = list(torch.linspace(0, 1, 2 * tasks * math.prod(shape), device=device).view(tasks, 2, *shape))
+    return all(torch.equal(one, other) for one, other in zip(unit.eval()(features), features, strict=True))
 
 
 def collect(
@@ -178,7 +217,7 @@ def collect(
         **circumstances(rows, runs, facts.base),
         "tasks": tasks,
         "arms": [
-            {"name": arm.name, "about": arm.about, **({"unlike": unlike} if (unlike := arm.unlike(facts.setting)) else {})}
+            {"name": arm.name, "about": arm.about, **{key: value for key, value in facts.besides(arm).items() if value}}
             for arm in arms
         ],
         "reference": reference,
@@ -270,6 +309,7 @@ def figures_of(cell: Cell, facts: Facts, runs: Path, analyst: Analyst, labels: M
         "runs": [piece.name for piece in cell.pieces],
         "starts": sorted(trained_for(cell) - {piece.name for piece in cell.pieces}),
         "steps": {piece.tasks[0]: (finished(runs / piece.name) or {})["steps"] for piece in cell.pieces},
+        "images": {piece.tasks[0]: (finished(runs / piece.name) or {}).get("images", 0) for piece in cell.pieces},
         "left_out": {name: (finished(runs / name) or {}).get("steps_left_out", 0) for name in trained_for(cell)},
         "test": test,
         "curves": learned,

@@ -180,7 +180,7 @@ def wanted(
         wrong.append(f"jobs: at least 1; found {jobs!r}")
     if wrong:
         raise ConfigError(wrong, source="compare")
-    return which, shares
+    return [int(seed) for seed in which], [float(share) for share in shares]
 
 
 MOST = 10_000
@@ -241,18 +241,15 @@ def check_test_split(facts: Facts) -> None:
 
 
 def refuse_other_networks(cells: Sequence[Cell], facts: Facts, runs: Path) -> None:
-    """Finished runs of all tasks must be of the networks that their configs give now. (On a smaller share of the data a head
-    may have found fewer classes.)
+    """Finished runs must be of the networks that their configs give now.
 
     Raises:
         RunError: one is of another, for a plugin was edited.
     """
     for cell in cells:
         for piece in cell.pieces:
-            if len(piece.tasks) < len(facts.tasks) or cell.fraction != facts.base.data.fraction:
-                continue
-            there, now = finished(runs / piece.name), facts.cost(piece.config)[0]
-            if there is not None and there.get("parameters", now) != now:
+            there = finished(runs / piece.name)
+            if there is not None and there.get("parameters") not in (None, now := facts.parameters(piece.config)):
                 raise RunError(
                     f"{str(runs / piece.name)!r} is finished, and of another network: it trained {there['parameters']:,} "
                     f"parameters, and its config now gives {now:,}; a plugin was edited, then: give another directory"

@@ -19,6 +19,7 @@ from mtl.config import RunConfig, from_tree
 from mtl.errors import ConfigError, MTLError, RunError
 from mtl.locking import Lock, is_own
 from mtl.warm_start import located
+from mtl.writing import temporary_prefix
 
 NOTE = "comparison.json"
 """In a comparison's directory: the config as it was asked for, and as all runs are made from."""
@@ -77,7 +78,8 @@ def writing(directory: Path) -> Iterator[None]:
 
 def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
     """The config that all runs of a comparison are made from, and what to note of it: of a new one `config` with every `auto`
-    that arms have in common resolved; of one that was begun, what it noted. Where to compute and where data are is as now.
+    that arms have in common resolved; of one that was begun, what it noted. Where to compute, where data are and what is saved
+    when is as now.
 
     Raises:
         ConfigError: the directory holds a comparison of another config; with what differs.
@@ -85,7 +87,8 @@ def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
     """
     note, base, config = directory / NOTE, resolved(config), asked(config)
     if not note.is_file():
-        if others := sorted(one.name for one in directory.iterdir() if not is_own(one.name)):
+        cut = temporary_prefix(note)  # of one that was killed while it wrote its first note
+        if others := sorted(one.name for one in directory.iterdir() if not (is_own(one.name) or one.name.startswith(cut))):
             raise RunError(
                 f"{str(directory)!r} holds {others[0]!r} and no {NOTE}, so it is not a comparison's; nothing was written; give "
                 "another directory"
@@ -107,7 +110,7 @@ def begun(directory: Path, config: RunConfig) -> tuple[RunConfig, str]:
         )
     data = noted.data.model_copy(update={"root": base.data.root, "workers": base.data.workers})
     starts = {task: start.model_copy(update={"path": base.init_from[task].path}) for task, start in noted.init_from.items()}
-    return noted.replaced(device=base.device, data=data, init_from=starts), text
+    return noted.replaced(device=base.device, data=data, init_from=starts, checkpoints=base.checkpoints), text
 
 
 def with_data(note: str, fingerprints: Mapping[str, str], directory: Path) -> str:

@@ -61,6 +61,7 @@ def _at(
     results: Mapping[str, Any], fraction: float, cells: Mapping[str, Cells], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     tasks, baseline = results["tasks"], results["baseline"]
+    about = {arm["name"]: arm for arm in results["arms"]}
     arms: dict[str, dict[str, Any]] = {}
     for name, of_arm in cells.items():
         said = arms[name] = {
@@ -68,7 +69,7 @@ def _at(
             "mean": _estimated([mean_score(cell, tasks) for cell in of_arm.values()]),
             "tasks": {task: _metrics(of_arm, task, about["metrics"]) for task, about in tasks.items()},
             "cost": _cost(of_arm),
-            "shares_nothing": trains_jointly(of_arm) and shares_nothing(of_arm),
+            "shares_nothing": trains_jointly(of_arm) and shares_nothing(of_arm, about[name]),
         }
         if baseline in cells and name != baseline:
             said["delta_m"] = _relative(of_arm, cells[baseline], tasks)
@@ -88,13 +89,11 @@ def kind_of(cell: Mapping[str, Any]) -> str:
     return str(cell["runs"][0].rpartition("-seed")[0])
 
 
-def shares_nothing(cells: Cells) -> bool:
+def shares_nothing(cells: Cells, about: Mapping[str, Any]) -> bool:
     """Whether nothing but the sum of their losses is between the tasks of an arm that trains them jointly: towers apart, or
     units that stay the identity.
     """
-    return {kind_of(cell) for cell in cells.values()} == {"unshared"} or {cell["arm"] for cell in cells.values()} == {
-        "cross_stitch_frozen"
-    }
+    return about.get("apart", False) or {kind_of(cell) for cell in cells.values()} == {"unshared"}
 
 
 def task_score(cell: Mapping[str, Any], task: str, tasks: Mapping[str, Any]) -> float:
@@ -227,8 +226,8 @@ def answer(arms: Mapping[str, Any], results: Mapping[str, Any], fraction: float)
             parts += _task_by_task({name: of for name, of in said.items() if name not in elsewhere})
         parts += _untold(said)
     parts += _transfer(transfer, baseline, [name for name in transfer if arms[name]["shares_nothing"]])
-    if said:
-        parts += _unequal_training(results, fraction)
+    if said or transfer:
+        parts += _unequal_training(results, arms, fraction)
     for name in names:
         lost = [one for one in results["failed"] if one["arm"] == name and one["fraction"] == fraction]
         if lost and name not in arms:
@@ -324,10 +323,8 @@ def _transfer(transfer: Mapping[str, Any], baseline: str | None, apart: Sequence
         yield untold.capitalize()
     for verdict in (WORSE, BETTER):
         if parts := found[verdict, True]:
-            yield (
-                f"{verdict.capitalize()} than {baseline} without sharing anything, so that training together is all that "
-                f"differs: {_shortened(parts, '; ')}."
-            )
+            than = f"{verdict.capitalize()} than {baseline} without sharing anything, which is no transfer"
+            yield f"{than}: {_shortened(parts, '; ')}."
 
 
 def _tasks_with(verdict: str, of_arm: Mapping[str, Any]) -> str:
@@ -341,23 +338,33 @@ def _shortened(parts: Sequence[str], comma: str) -> str:
     return comma.join(parts)
 
 
-def _unequal_training(results: Mapping[str, Any], fraction: float) -> Iterator[str]:
-    """Which arm took how many optimizer steps, where they are not the same for all, and which start from trained weights."""
+def _unequal_training(results: Mapping[str, Any], arms: Mapping[str, Any], fraction: float) -> Iterator[str]:
+    """What differences are also of: labels that some arms see more often, numbers of optimizer steps and of images, where they
+    are not the same for all, and trained weights to start from.
+    """
     cells = [cell for cell in results["cells"] if cell["fraction"] == fraction]
+    joint = {cell["arm"] for cell in cells if len(cell["steps"]) == 1}
+    if labels_are_missing(results, fraction) and 0 < len(joint) < len(arms):
+        yield (
+            "Not every sample has every label, and a run of one task alone, which trains on those with its own, sees them more "
+            "often than a joint run does: differences between the two are also of that."
+        )
     taken: dict[str, set[int]] = {}
     for cell in cells:
         taken.setdefault(cell["arm"], set()).update(cell["steps"].values())
     if len(set().union(*taken.values())) > 1:
         each = ", ".join(f"{arm} {' to '.join(f'{n:,}' for n in sorted({min(of), max(of)}))}" for arm, of in taken.items())
         yield f"Not all trained for equally many optimizer steps ({each}), and differences are also of that."
-    batch = results["config"]["batch_size"]
+    images = results["config"]["batch_size"] * results["config"]["optim"]["accumulate"]
     for arm in results["arms"]:
         unlike = arm.get("unlike", {})
-        if (other := unlike.get("batch_size", batch)) != batch:
+        if other := unlike.get("images"):
+            seen = _times_as_many(arm["name"], [one["name"] for one in results["arms"] if not one.get("unlike")], cells)
             yield (
-                f"{arm['name']} takes {other:,} images in a step instead of {batch:,}, so it saw {other / batch:.3g} times as "
-                "many, and differences are also of that."
+                f"{arm['name']} takes {other:,} images in a step instead of {images:,}{seen}, and differences are also of that."
             )
+        if draws := unlike.get("draws"):
+            yield f"{arm['name']} draws its samples otherwise ({', '.join(draws)}), and differences are also of that."
         if starts := unlike.get("init_from"):
             yield (
                 f"{arm['name']} starts {', '.join(starts)} from given weights, whose training is not counted and may have seen "
@@ -368,6 +375,24 @@ def _unequal_training(results: Mapping[str, Any], fraction: float) -> Iterator[s
             f"{', '.join(warm)} start{'s' * (len(warm) == 1)} from towers already trained on each task alone, and differences "
             "are also of that."
         )
+
+
+def _times_as_many(arm: str, others: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> str:
+    """How many images an arm saw in all, over those of others that train all tasks together; empty where it is not known."""
+    seen: dict[str, set[int]] = {}
+    for cell in cells:
+        if len(cell["steps"]) == 1:
+            seen.setdefault(cell["arm"], set()).update(cell.get("images", {}).values())
+    mine, theirs = max(seen.get(arm, ()), default=0), max((n for one in others for n in seen.get(one, ())), default=0)
+    if not mine or not theirs:
+        return ""
+    return " and saw as many in all" if mine == theirs else f" and saw {mine / theirs:.3g} times as many in all"
+
+
+def labels_are_missing(results: Mapping[str, Any], fraction: float) -> bool:
+    """Whether some task has no label on some of its dataset's training samples."""
+    samples, labelled = results["samples"][f"{fraction:g}"]["train"], results["labelled"][f"{fraction:g}"]
+    return any(labelled[task] < samples[about["dataset"]] for task, about in results["tasks"].items())
 
 
 def points(d: Mapping[str, Any]) -> str:

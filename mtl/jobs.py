@@ -30,7 +30,7 @@ from mtl.interruption import belong_to_a_pool, ended_in_order
 from mtl.locking import Lock, is_own
 from mtl.progress import Progress, Silent
 from mtl.registry import load_plugin_file
-from mtl.resuming import is_of, resume
+from mtl.resuming import is_of, is_run, resume
 from mtl.rundir import share_machine
 
 
@@ -129,10 +129,11 @@ def train_all(jobs: Sequence[Job], at_once: int, plugins: Sequence[Path], tally:
     """
     left = [job for job in jobs if finished(job.directory) is None]
     for job in jobs:
-        if job not in left and not is_of(job.directory, job.config):
+        done = job not in left
+        if not is_of(job.directory, job.config) and (done or is_run(job.directory)):
             raise RunError(
-                f"{str(job.directory)!r} is finished, and of another config than this comparison's (was it made longer?); move "
-                "it away"
+                f"{str(job.directory)!r} is {'finished' if done else 'begun'}, and of another config than this comparison's "
+                "(was it made longer?); move it away"
             )
     tally.begin(len(jobs) - len(left), left)
     if not left:
@@ -175,7 +176,7 @@ def _resumed(job: Job, progress: Progress) -> bool:
     """Go on with a run that was begun and cut; False where that cannot be done."""
     if not is_of(job.directory, job.config):
         return False
-    data, where = job.config.data, []
+    data, where = job.config.data, [f"checkpoints={job.config.checkpoints.model_dump_json()}"]
     if data.root is not None:
         where.append(f"data.root={json.dumps(str(data.root))}")
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
-from mtl.findings import FEW, kind_of
+from mtl.findings import FEW, kind_of, labels_are_missing
 from mtl.scores import FLOOR
 from mtl.sections import Section, Table, sections_of
 from mtl.stats import seeds_needed
@@ -108,11 +108,11 @@ def answers(results: Mapping[str, Any]) -> list[str]:
 
 def facts(results: Mapping[str, Any]) -> str:
     """What every figure needs beside it, in a line."""
-    seeds, fractions = results["seeds"], results["fractions"]
-    shares = "" if len(fractions) == 1 else f" at {100 * fractions[-1]:g} % (the other shares below)"
+    seeds = results["seeds"]
+    of_each = [results["samples"][f"{fraction:g}"] for fraction in results["fractions"]]
     splits = "; ".join(
-        f"{split} {', '.join(f'{n:,} {name}' for name, n in parts.items())}"
-        for split, parts in results["samples"][f"{fractions[-1]:g}"].items()
+        f"{split} {', '.join(f'{alternatives([one[split][name] for one in of_each])} {name}' for name in parts)}"
+        for split, parts in of_each[-1].items()
         if parts
     )
     places = "; ".join(
@@ -122,9 +122,24 @@ def facts(results: Mapping[str, Any]) -> str:
     )
     where = "; ".join([*[places] * bool(places), results["config"]["precision"]])
     return (
-        f"Seed{'s' * (len(seeds) > 1)} {ranges(seeds)}. Samples{shares}: {splits}. {where}. "
+        f"Seed{'s' * (len(seeds) > 1)} {ranges(seeds)}. Samples{_at(results)}: {splits}. {where}. "
         f"Digest of the config: {results['environment']['config_digest']}."
     )
+
+
+def _at(results: Mapping[str, Any]) -> str:
+    """At which shares of the data; empty where there is one."""
+    fractions = results["fractions"]
+    return "" if len(fractions) == 1 else f" at {' / '.join(f'{100 * one:g}' for one in fractions)} % of the training data"
+
+
+def alternatives(numbers: Sequence[int]) -> str:
+    """A number for each share of the data, or the one that they all are.
+
+    >>> alternatives([275, 1100]), alternatives([5000, 5000])
+    ('275 / 1,100', '5,000')
+    """
+    return " / ".join(f"{n:,}" for n in (numbers if len(set(numbers)) > 1 else numbers[:1]))
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -173,14 +188,12 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             f"{counted(min(d['n'] for d in few), 'seed')}: for an exact paired test to give a corrected p of 0.05 or less it "
             f"takes, where all arms have as many, {needed}."
         )
-    labels, of = results["labelled"], {task: about["dataset"] for task, about in results["tasks"].items()}
-    if any(n < results["samples"][share]["train"][of[task]] for share, tasks in labels.items() for task, n in tasks.items()):
-        labels = {task: n for tasks in labels.values() for task, n in tasks.items()}
-        each = ", ".join(f"{task} on {n:,}" for task, n in labels.items())
+    if any(labels_are_missing(results, fraction) for fraction in results["fractions"]):
+        of_each = [results["labelled"][f"{fraction:g}"] for fraction in results["fractions"]]
+        each = ", ".join(f"{task} {alternatives([labels[task] for labels in of_each])}" for task in results["tasks"])
         found.append(
-            f"Training samples are labelled unevenly: {each}. A run of one task alone trains on the samples with its label "
-            "only, so it sees few labels far more often than a joint run does, and differences to such runs are also of that. "
-            "Validation data, on which weights are chosen, are labelled as the dataset has them."
+            f"Training samples with a label{_at(results)}: {each}. Validation data, on which weights are chosen, are labelled "
+            "as the dataset has them."
         )
     if results["at_once"] > 1:
         found.append(

@@ -188,12 +188,22 @@ def allowed(written: RunConfig, config: RunConfig, stands: dict[str, Any], direc
 
 def is_of(run_dir: Path, config: RunConfig) -> bool:
     """Whether there is a run of this config, in which `auto` may have become something, on whichever device."""
-    try:
-        written = from_tree(read_tree(run_dir / "config.yaml"))
-    except ConfigError:
+    if (written := _written(run_dir)) is None:
         return False
     changes = differing(config.model_dump(mode="json"), written.model_dump(mode="json"))
     return all(_may_change(key) or was == "auto" or _filled_in(key) for key, (was, _) in changes.items())
+
+
+def is_run(run_dir: Path) -> bool:
+    """Whether there is a run, of a config that can be read."""
+    return _written(run_dir) is not None
+
+
+def _written(run_dir: Path) -> RunConfig | None:
+    try:
+        return from_tree(read_tree(run_dir / "config.yaml"))
+    except ConfigError:
+        return None
 
 
 def _filled_in(key: str) -> bool:

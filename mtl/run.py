@@ -155,7 +155,8 @@ class RunResult:
     `training_seconds` are those of optimizer steps alone. `peak_memory_bytes` is the most that the run held: of the GPU's
     memory, or of this process's (resident, libraries included); None where the system does not tell. `set_aside` is
     {dataset: {why: how many}} of what was not used; `steps_left_out`, of `steps`, had a loss or a gradient that is not finite;
-    `processes` shared every batch.
+    `processes` shared every batch. `images` are those of all epochs, each counted as often as it was seen; 0 in a run of an
+    earlier version.
     """
 
     run_dir: str
@@ -181,3 +182,4 @@ class RunResult:
     set_aside: dict[str, dict[str, int]]
     steps_left_out: int = 0
     processes: int = 1
+    images: int = 0

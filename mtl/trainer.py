@@ -112,6 +112,7 @@ def result_of(run: Run, state: State, seconds: float, test: dict[str, Any] | Non
         set_aside=run.aside.counts(),
         steps_left_out=run.guard.skipped,
         processes=run.processes.count,
+        images=state.images,
     )
 
 
