@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.comparisons import EXPERIMENTS, RESULTS, TRIAL_EPOCHS, TRIAL_SEED, Experiment
+from benchmarks.comparisons import EXPERIMENTS, RESULTS, TRIAL_EPOCHS, TRIAL_SEED, Experiment, Tuning, best
 from mtl import figures
 from mtl.comparison import reference_of
 from mtl.figures import Look
@@ -46,6 +46,8 @@ def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Ite
     for said in results["findings"]:
         yield from (*table_lines(summary(results, said)), "")
     yield from (f"- {plain(sentence)}" for sentence in [*answers(results), *notes(results), facts(results)])
+    if experiment.note:
+        yield f"- {experiment.note}"
     seeds = len(results["seeds"])
     cut = [
         *[f"{seeds} of {experiment.seeds} seeds so far"] * (seeds < experiment.seeds),
@@ -78,11 +80,14 @@ def command(experiment: Experiment, results: Mapping[str, Any]) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def tried(tuning: dict[str, dict[str, float]]) -> Table:
+def tried(tuning: Tuning) -> Table:
     """Validation scores of the trials; the best of each arm is marked."""
-    best = {arm: max(scores.values()) for arm, scores in tuning.items()}
+    chosen = {arm: best(arm, scores) for arm, scores in tuning.items()}
     shown = {
-        arm: {trial: f"{score:.4f}{' (best)' * (score == best[arm])}" for trial, score in scores.items()}
+        arm: {
+            trial: "failed" if score is None else f"{score:.4f}{' (best)' * (trial == chosen[arm])}"
+            for trial, score in scores.items()
+        }
         for arm, scores in tuning.items()
     }
     trials = next(iter(shown.values()))

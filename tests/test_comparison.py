@@ -28,9 +28,10 @@ from torch import nn
 
 import mtl
 from benchmarks import comparisons
-from mtl import comparison, exchange_figures, figures, jobs, keeping, trainer
+from benchmarks.comparison_tables import tried
+from mtl import analysis, comparison, exchange_figures, figures, jobs, keeping, trainer
 from mtl.arm_specs import arms_of
-from mtl.arms import Arm, Setting, member_seed
+from mtl.arms import Arm, Setting, member_seed, widened
 from mtl.auto import resolved
 from mtl.backbones import SmallCNN
 from mtl.build import model_with_weights, reopened
@@ -92,7 +93,9 @@ def test_split_is_every_point_whatever_the_config_shares(sharing: Any, base: Run
 def test_what_an_arm_is_given_beyond_the_others_is_noted(setting: Setting, in_tmp: Path) -> None:
     save_file(SmallCNN((1, 8, 8), 0.1).state_dict(), "w.safetensors")
     assert the("a:optim.lr=0.1 init_from=single_task", setting).unlike(setting) == {}
-    assert the("a:batch_size=32", setting).unlike(setting) == {"batch_size": 32}
+    assert the("a:batch_size=32", setting).unlike(setting) == {"images": 32}
+    assert the("a:batch_size=8 optim.accumulate=2", setting).unlike(setting) == {}
+    assert the("a:optim.accumulate=2 data.mixing=proportional", setting).unlike(setting) == {"images": 32, "draws": ["mixing"]}
     assert the("a:init_from.tiny_b=w.safetensors", setting).unlike(setting) == {"init_from": ["tiny_b"]}
 
 
@@ -130,6 +133,32 @@ def test_a_wide_network_of_one_task_has_the_parameters_of_all_tasks(setting: Set
     wanted = setting.parameters(setting.base)
     for piece in the("single_task_wide", setting).pieces(setting, 1.0, 0):
         assert setting.parameters(piece.config) == pytest.approx(wanted, rel=0.02)
+
+
+class WholeWidth(mtl.Options):
+    width: int = 2
+
+
+@mtl.register_backbone("whole_width", options=WholeWidth)
+def whole_width(shape: tuple[int, ...], options: WholeWidth) -> mtl.Backbone:
+    return mtl.Backbone(nn.Sequential(nn.Flatten(), nn.Linear(64, options.width)))
+
+
+def test_the_weight_of_a_loss_among_others_is_not_that_of_a_task_alone(base: RunConfig) -> None:
+    for given in ("tiny_c", {"name": "tiny_c", "weight": 0.5}):
+        setting = Facts(resolved(base.replaced(tasks=["tiny_a", given]))).setting
+        pieces = the("single_task", setting).pieces(setting, 1.0, 0)
+        assert [piece.config.tasks[0].weight for piece in pieces] == [None, 1.0]
+
+
+def test_a_width_may_be_a_whole_number_and_may_lead_nowhere(base: RunConfig) -> None:
+    tasks = ["tiny_a", "tiny_b", "tiny_c"]
+    config = resolved(base.replaced(backbone="whole_width", sharing="unshared", tasks=tasks))
+    setting = Facts(config).setting
+    pieces = the("single_task_wide", setting).pieces(setting, 1.0, 0)
+    assert [piece.config.backbone.options for piece in pieces] == [WholeWidth(width=6)] * 3  # of 414 parameters 411 or 404
+    with pytest.raises(mtl.ConfigError, match=r"backbone\.width=2 trains 100 parameters, no more than half of that does"):
+        widened(config, 1000, lambda _: 100)
 
 
 def test_a_warm_start_is_from_the_single_task_runs_of_the_same_seed(setting: Setting) -> None:
@@ -372,6 +401,14 @@ def test_records_of_different_seeds_are_joined(base: RunConfig, in_tmp: Path) ->
     assert twice["config"]["precision"] == "bf16 and fp32"
 
 
+def test_a_trial_that_failed_is_not_chosen() -> None:
+    tuning: comparisons.Tuning = {"a": {"x": None, "y": 0.5, "z": 0.5}, "b": {"x": 0.7, "y": None, "z": 0.1}}
+    assert [comparisons.best(arm, scores) for arm, scores in tuning.items()] == ["y", "x"]
+    assert tried(tuning).rows == [["x", "failed", "0.7000 (best)"], ["y", "0.5000 (best)", "failed"], ["z", "0.5000", "0.1000"]]
+    with pytest.raises(ValueError, match="every trial of a failed"):
+        comparisons.best("a", {"x": None})
+
+
 def test_seeds_and_arms_can_be_added(base: RunConfig, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mtl.compare(base, ["unshared"], 1, out="one")
     trained: list[str] = []
@@ -420,6 +457,11 @@ def test_an_edited_plugin_is_noticed(base: RunConfig, in_tmp: Path) -> None:
     width = 5
     with pytest.raises(mtl.RunError, match=r"another network: it trained .* parameters, and its config now gives"):
         again(3)
+    width = 4
+    mtl.compare(config, ["single_task"], 1, fractions=[0.5], out="part")
+    width = 5
+    with pytest.raises(mtl.RunError, match=r"another network: it trained .* parameters, and its config now gives"):
+        mtl.compare(config, ["single_task"], 2, fractions=[0.5], out="part")
     width, smooth = 4, 0.1
     with pytest.raises(mtl.RunError, match=r"other tasks, for a plugin was edited since: tiny_edited\.head\.label_smoothing 0"):
         again(3)
@@ -474,6 +516,23 @@ def test_plans_that_mean_nothing(given: dict[str, Any], message: str, base: RunC
     with pytest.raises(mtl.ConfigError, match=message):
         comparison.plan(base, ["unshared"], **{"seeds": 1, "out": "x", **given})
     assert not Path("x/runs").exists()
+
+
+def test_numbers_of_arrays_are_plain_ones(base: RunConfig) -> None:
+    seeds, shares = comparison.wanted(base, np.arange(2), np.array([1, 0.5], np.float32), 1)
+    assert json.dumps([seeds, shares]) == "[[0, 1], [0.5, 1.0]]"
+
+
+def test_what_is_saved_when_may_change_and_a_note_that_was_cut_is_none(base: RunConfig, in_tmp: Path) -> None:
+    Path("one").mkdir()
+    Path("one/.comparison.json.4711.tmp").write_text("{")
+    mtl.compare(base, ["unshared"], 1, out="one")
+    fewer = base.replaced(checkpoints={"keep": 1})
+    assert begun(Path("one"), fewer)[0].checkpoints.keep == 1
+    [run] = Path("one/runs").iterdir()
+    (run / "result.json").unlink()
+    mtl.compare(fewer, ["unshared"], 1, out="one")
+    assert load(run / "config.yaml").checkpoints.keep == 1
 
 
 def test_a_run_that_fails_is_missing_and_the_others_are_not(
@@ -817,6 +876,49 @@ def test_the_frozen_identity_is_unshared(base: RunConfig, in_tmp: Path) -> None:
     assert "Nothing is exchanged: all weights between different tasks are zero." in Path("one/report.html").read_text()
 
 
+def test_what_exchanges_nothing_is_known_by_its_units_not_by_its_name(base: RunConfig) -> None:
+    facts = Facts(resolved(base))
+    frozen = {"sharing.init": "identity", "optim.freeze": ["units"]}
+    own = {
+        "mine": frozen,
+        "some": {"optim.freeze": ["units.pool1"]},
+        "mixed": {**frozen, "sharing.init": {"same": 0.9, "cross": 0.1}},
+    }
+    arms = arms_of(["cross_stitch_frozen", "cross_stitch", "unshared", own], facts.base, facts.setting.points)
+    assert [arm.name for arm in arms if facts.besides(arm)["apart"]] == ["cross_stitch_frozen", "mine"]
+
+
+def test_images_of_two_sizes_are_analysed_as_they_were_trained(in_tmp: Path) -> None:
+    config = RunConfig(
+        tasks=["tiny_a", "shapes_kind"],
+        backbone={"name": "small_cnn", "width": 0.1},
+        sharing={"kind": "cross_stitch", "init": {"same": 0.9, "cross": 0.1}},
+        data={"validation": 12, "datasets": {"shapes": {"train": 60, "test": 40}}},
+        epochs=1,
+        batch_size=16,
+        precision="fp32",
+        device="cpu",
+    )
+    found = mtl.compare(config, ["cross_stitch", "ensemble"], 1, out="one").results
+    stitched, ensemble = found["cells"]
+    assert set(stitched["exchange"]["falls"]) == {"pool1", "pool2", "fc3"}
+    config, tasks = reopened(Path("one/runs", stitched["runs"][0]), "cpu")
+    seen = analysis.Analyst(Path("x"), "cpu")._samples(config, tasks)
+    assert {part.shape for parts in seen.values() for part in parts.values()} == {(3, 32, 32)}
+    assert set(ensemble["test"]) == {"tiny_a", "shapes_kind"}
+
+
+def test_a_run_that_was_trained_anew_is_analysed_anew(base: RunConfig, in_tmp: Path) -> None:
+    mtl.compare(base, ["cross_stitch"], 1, out="one")
+    [kept] = Path("one/analysis").glob("*.json")
+    before = json.loads(kept.read_text())
+    others = {point: [[None, 0.7], [0.7, None]] for point in before["falls"]}
+    kept.write_text(json.dumps({**before, "falls": others}))
+    assert mtl.compare(base, ["cross_stitch"], 1, out="one").results["cells"][0]["exchange"]["falls"] == others
+    shutil.rmtree(next(Path("one/runs").iterdir()))
+    assert mtl.compare(base, ["cross_stitch"], 1, out="one").results["cells"][0]["exchange"]["falls"] == before["falls"]
+
+
 def test_whose_weights_are_damaged_keeps_its_scores(base: RunConfig, in_tmp: Path) -> None:
     arms = ["cross_stitch", "unshared"]
     found = mtl.compare(base, arms, 1, out="one")
@@ -946,7 +1048,9 @@ def results_of(scores: dict[str, list[float]], tasks: int = 1, fractions: tuple[
             for name in names
         },
         "arms": [{"name": name, "about": ""} for name in scores],
-        "config": {"batch_size": 16},
+        "config": {"batch_size": 16, "optim": {"accumulate": 1}},
+        "samples": {f"{at:g}": {"train": {"d": 1600}} for at in fractions},
+        "labelled": {f"{at:g}": dict.fromkeys(names, 1600) for at in fractions},
         "reference": next(iter(scores)),
         "baseline": "single_task" if "single_task" in scores else None,
         "fractions": list(fractions),
@@ -960,6 +1064,7 @@ def results_of(scores: dict[str, list[float]], tasks: int = 1, fractions: tuple[
                 "steps": dict.fromkeys(names if name in ALONE else names[:1], 100),
                 "runs": [f"{'unshared' if name in ALONE else name}-seed{seed}-abc"],
                 "starts": [],
+                "images": dict.fromkeys(names if name in ALONE else names[:1], 1600),
                 "test": {t: {"accuracy": value} for t in names},
             }
             for at in fractions
@@ -988,18 +1093,39 @@ def test_transfer_is_between_tasks_that_are_trained_together() -> None:
         assert [name for name, of in said["arms"].items() if "transfer" in of] == ["x", "unshared"]
         by_task, _, of_transfer = said["answer"].partition("Positive transfer, against single_task: ")
         assert of_transfer.startswith("x on t0 (+10.00), t1 (+10.00). Negative transfer, against single_task, is not shown.")
-        assert of_transfer.endswith("all that differs: unshared on t0 (-10.00), t1 (-10.00).")
+        assert of_transfer.endswith(
+            "Worse than single_task without sharing anything, which is no transfer: unshared on t0 (-10.00), t1 (-10.00)."
+        )
         assert "ensemble is better on t0 (" in by_task
         assert "single_task_wide is worse on t0 (" in by_task
 
 
 def test_the_answer_says_who_was_given_more() -> None:
     results = results_of({"unshared": [0.5] * 8, "big": [0.6] * 8, "pre": [0.6] * 8})
-    results["arms"][1]["unlike"] = {"batch_size": 64}
-    results["arms"][2]["unlike"] = {"init_from": ["t0"]}
+    results["arms"][1]["unlike"] = {"images": 64}
+    results["arms"][2]["unlike"] = {"init_from": ["t0"], "draws": ["class_balanced"]}
+    for cell in results["cells"]:
+        if cell["arm"] == "big":
+            cell["images"] = {"t0": 6400}
     [said] = tell(results)
-    assert "big takes 64 images in a step instead of 16, so it saw 4 times as many" in said["answer"]
+    assert "big takes 64 images in a step instead of 16 and saw 4 times as many in all, and differences" in said["answer"]
+    assert "pre draws its samples otherwise (class_balanced), and differences are also of that." in said["answer"]
     assert "pre starts t0 from given weights, whose training is not counted" in said["answer"]
+    for cell in results["cells"]:
+        if cell["arm"] == "big":
+            cell["images"], cell["steps"] = {"t0": 1600}, {"t0": 25}
+    [said] = tell(results)
+    assert "(unshared 100, big 25, pre 100)" in said["answer"]
+    assert "big takes 64 images in a step instead of 16 and saw as many in all, and differences" in said["answer"]
+
+
+def test_the_answer_says_who_saw_labels_more_often() -> None:
+    results = results_of({"unshared": [0.5] * 8, "single_task": [0.6] * 8}, tasks=2)
+    assert "label" not in tell(results)[0]["answer"]
+    results["labelled"] = {"1": {"t0": 300, "t1": 1600}}
+    assert "Not every sample has every label, and a run of one task alone" in tell(results)[0]["answer"]
+    together = results_of({"unshared": [0.5] * 8, "x": [0.6] * 8}, tasks=2)
+    assert "label" not in tell({**together, "labelled": results["labelled"]})[0]["answer"]
 
 
 def test_verdicts_are_what_the_figures_allow() -> None:
@@ -1169,7 +1295,7 @@ def test_the_reference_and_the_single_task_runs_are_compared_once() -> None:
     assert joint["verdict"] == WORSE
     assert (joint["low"], joint["high"]) == (-alone["high"], -alone["low"])
     assert "Worse than single_task without sharing anything" in said["answer"]
-    assert "all that differs: unshared on t0 (-10.00)." in said["answer"]
+    assert "Worse than single_task without sharing anything, which is no transfer: unshared on t0 (-10.00)." in said["answer"]
     assert "Negative transfer, against single_task: x on t0 (-10.00); y on t0 (-10.00)." in said["answer"]
 
 
@@ -1306,6 +1432,10 @@ def test_what_is_saved_of_a_run_is_never_removed_for_an_error_that_may_pass(
     mtl.resume(run_dir, ["epochs=5"])
     with pytest.raises(mtl.RunError, match=r"is finished, and of another config .* made longer"):
         mtl.compare(base, ["unshared"], 1, out="cut")
+    (run_dir / "result.json").unlink()
+    with pytest.raises(mtl.RunError, match=r"is begun, and of another config .* made longer"):
+        mtl.compare(base, ["unshared"], 1, out="cut")
+    assert newest(run_dir)[0].is_dir()
 
 
 class Killed(BaseException):
