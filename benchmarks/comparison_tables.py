@@ -38,8 +38,8 @@ def render() -> str:
 
 def described(name: str, experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
     """The lines about one comparison."""
-    trials = "trials of every arm, chosen from on validation data, and then " * bool(results["tuning"])
-    yield from (f"### {experiment.about}", "", f"`python -m benchmarks.comparisons {name}`, which is {trials}".rstrip(), "")
+    trials = "tries some settings with every arm, takes each arm's best on validation data, and then " * bool(results["tuning"])
+    yield from (f"### {experiment.about}", "", f"`python -m benchmarks.comparisons {name}`, which {trials}is", "")
     yield from ("```bash", *command(experiment, results), "```", "")
     if results["tuning"]:
         yield from (*table_lines(tried(results["tuning"])), "")
@@ -66,7 +66,7 @@ def command(experiment: Experiment, results: Mapping[str, Any]) -> list[str]:
     arms, reference = results["given"], results["reference"]
     named = [arm for arm in arms if "=" not in arm]
     words = [f"mtl compare examples/configs/{experiment.config}.yaml", *map(shlex.quote, experiment.overrides)]
-    words += [f"--arms {','.join(named)}"] * bool(named) + [f'--arm "{arm}"' for arm in arms if "=" in arm]
+    words += [f"--arms {','.join(named) or repr('')}", *[f'--arm "{arm}"' for arm in arms if "=" in arm]]
     words += [f"--seeds {experiment.seeds}"]
     if experiment.fractions:
         words.append(f"--fractions {','.join(f'{one:g}' for one in experiment.fractions)}")
