@@ -111,7 +111,7 @@ def _composed(
 ) -> Run:
     tasks = make_tasks(config)
     samples = processes.in_turn(lambda: load_data(config, tasks, decoders=decoders))
-    tasks = fit_heads(tasks, samples[Split.TRAIN])
+    tasks = fitted(config, tasks, samples[Split.TRAIN])
     config, samples, brought = in_one_shape(config, samples)
     model = model_of(config, tasks, input_shape(samples[Split.TRAIN]), pretrained=begins_after is None)
     for name, standardize in model.inputs.items():
@@ -219,6 +219,23 @@ def load_data(
         for split, part in checked_splits(name, parts, mine, portion, config.device, splits, reading).items():
             samples[split][name] = part
     return samples
+
+
+def fitted(config: RunConfig, tasks: Sequence[Task], training: Mapping[str, Samples]) -> list[Task]:
+    """The tasks, their heads with what they take from the training samples.
+
+    Raises:
+        DataError: a head that cannot be learned from them.
+    """
+    try:
+        return fit_heads(tasks, training)
+    except DataError as error:
+        data = config.data
+        shares = [f"data.fraction={data.fraction:g}"] * (data.fraction < 1)
+        shares += [f"data.labelled.{task.name}={data.labelled[task.name]:g}" for task in tasks if task.name in data.labelled]
+        if not shares:
+            raise
+        raise DataError(f"with {' and '.join(shares)} (a larger share may do): {error}") from error
 
 
 def in_one_shape(

@@ -6,6 +6,7 @@ on what is registered, which is also how their JSON schema is made.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -75,6 +76,9 @@ def choose(registry: Registry, value: Any) -> Choice:
     given = dict(given)
     name = given.pop("name")
     own = list(_Entry.model_fields) if registry is TASKS else []
+    misspelt = difflib.get_close_matches("task", [*map(str, given)], n=1) if own and name not in registry.names() else []
+    if misspelt and misspelt != ["task"]:
+        raise ValueError(f"{unknown('key', misspelt[0], own)}, and {name!r} is no registered task")
     entry = _Entry.model_validate({key: given.pop(key) for key in own if key in given})
     plugin = _registered(registry, name, entry.task)
     return Choice(name, _options(plugin, given, ["name", *own]), entry.weight, entry.task)

@@ -301,6 +301,8 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
     >>> override({"sharing": {"kind": "split", "at": "b", "points": ["a", "b"]}}, ["sharing.kind=unshared"])
     {'sharing': {'kind': 'unshared', 'points': ['a', 'b']}}
     """
+    if isinstance(overrides, str):
+        raise ConfigError([f"overrides are a list of key=value, as in [{overrides!r}]; found {overrides!r}"])
     result, wrong = copy.deepcopy(dict(tree)), []
     for text in overrides:
         key, equals, raw = text.partition("=")

@@ -68,8 +68,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     "unknown layer point 'res5'; known: res2, res3 (did you mean 'res2'?)"
     """
     known = [str(one) for one in known]
+    other = [one for one in (f"{name}s", name.removesuffix("s")) if one in known]  # of one, or of several
     longer = sorted(one for one in known if len(name) > 2 and one.startswith(f"{name}_"))
-    near = longer[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = other or longer[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"unknown {what} {name!r}; known: {listing(known)}{hint}"
 

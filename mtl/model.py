@@ -360,9 +360,7 @@ def _cut(backbone: Backbone, points: Sequence[str]) -> list[Stage]:
     except CutError as error:
         if not backbone.points or tuple(points) == backbone.points:
             raise
-        raise CutError(
-            f"{error.problems[0]}; sharing.points=null takes the backbone's own: {', '.join(backbone.points)}"
-        ) from error
+        raise CutError(f"{error.problems[0]}; the backbone's own are {', '.join(backbone.points)}") from error
 
 
 def _means(pattern: str, name: str) -> bool:

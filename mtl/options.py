@@ -16,6 +16,10 @@ WORDS = {
     "list_type": "must be a list, as in [a, b]",
     "dict_type": "must be a mapping, as in {key: value}",
     "model_type": "must be a mapping, as in {key: value}",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
 }
 """For what pydantic says in Python's words."""
 
@@ -43,11 +47,16 @@ class Options(BaseModel):
             raise ValidationError.from_exception_data(error.title, found) from None
 
     @classmethod
+    def unknown_key(cls, key: str) -> str:
+        """What to say of a key that is none."""
+        return unknown("key", key, cls.model_fields)
+
+    @classmethod
     def _explain(cls, line: dict[str, Any]) -> InitErrorDetails:
         message = line["msg"].removeprefix("Value error, ")
         where = line["loc"]
         if line["type"] == "extra_forbidden" and len(where) == 1:
-            message = unknown("key", str(where[0]), cls.model_fields)
+            message = cls.unknown_key(str(where[0]))
             if str(where[0]).partition(":")[0] in cls.model_fields:
                 message += " (in YAML a blank follows the colon)"
         message = WORDS.get(line["type"], message)

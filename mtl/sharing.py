@@ -8,13 +8,14 @@ unit, which this module knows by its interface only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from mtl.errors import ConfigError, PluginError, unknown
+from mtl.errors import ConfigError, MTLError, PluginError, unknown
 from mtl.options import Options
 from mtl.registry import UNITS
 from mtl.units import ExchangeUnit
@@ -49,6 +50,16 @@ class Sharing(Options, ABC):
     points: tuple[str, ...] | None = None
     """Layer points at which the backbone is cut, in execution order; null: the backbone's own. Kinds that exchange nothing
     check the names and do no more with them, so that one config can be run with several kinds."""
+
+    @classmethod
+    def unknown_key(cls, key: str) -> str:
+        """With the kinds that have it, where other kinds do."""
+        if having := [kind for kind in kinds() if key in _keys_of(kind)]:
+            name = cls.model_fields["kind"].default
+            of = f" of sharing kind {name!r}" if isinstance(name, str) else ""
+            have = f"{' and '.join(having)} {'have' if len(having) > 1 else 'has'}"
+            return f"unknown key {key!r}{of}; {have} it: set sharing.kind={having[0]} too"
+        return super().unknown_key(key)
 
     @field_validator("points", mode="before")
     @classmethod
@@ -153,6 +164,13 @@ STRUCTURAL: dict[str, type[Sharing]] = {"unshared": Unshared, "hard_shared": Har
 def kinds() -> list[str]:
     """Every value that `sharing.kind` can take. Imports no plugin."""
     return [*STRUCTURAL, *UNITS.names()]
+
+
+def _keys_of(kind: str) -> Collection[str]:
+    """The options of a kind; none of one that is broken."""
+    with suppress(MTLError):
+        return model_of(kind).model_fields
+    return ()
 
 
 def model_of(kind: Any) -> type[Sharing]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtl.build import in_one_shape, input_shape, load_data, make_decoders, make_feed, make_tasks, model_of, run
+from mtl.build import fitted, in_one_shape, input_shape, load_data, make_decoders, make_feed, make_tasks, model_of, run
 from mtl.config import RunConfig
-from mtl.data import Samples, Split, fit_heads
+from mtl.data import Samples, Split
 from mtl.fingerprint import fingerprint
 from mtl.model import MultiTaskModel
 from mtl.step import train_step
@@ -60,7 +60,7 @@ def survey(config: RunConfig) -> Survey:
     with make_decoders(config) as decoders:
         tasks = make_tasks(config)
         samples = load_data(config, tasks, decoders=decoders)
-        tasks = fit_heads(tasks, samples[Split.TRAIN])
+        tasks = fitted(config, tasks, samples[Split.TRAIN])
         prints = {f"{name}, {split}": fingerprint(part) for split, parts in samples.items() for name, part in parts.items()}
         config, samples, _ = in_one_shape(config, samples)
         training = samples[Split.TRAIN]

@@ -219,6 +219,7 @@ def test_all_mistakes_at_once_with_paths_and_suggestions() -> None:
         optim={"lr": "fast"},
         epochs=0,
         bach_size=3,
+        epoch=2,
     )
     expected = {
         "tasks.1": ("'tiny_bb'", "did you mean 'tiny_b'"),
@@ -230,11 +231,17 @@ def test_all_mistakes_at_once_with_paths_and_suggestions() -> None:
         "optim.lr": ("number", "'fast'"),
         "epochs": ("greater than or equal to 1", "found 0"),
         "bach_size": ("did you mean 'batch_size'",),
+        "epoch": ("did you mean 'epochs'",),
     }
     found = {line.partition(": ")[0]: line for line in lines}
     assert sorted(found) == sorted(expected)
     for where, parts in expected.items():
         assert all(part in found[where] for part in parts), found[where]
+
+
+def test_overrides_are_a_list() -> None:
+    with pytest.raises(mtl.ConfigError, match=r"a list of key=value, as in \['epochs=2'\]; found 'epochs=2'"):
+        override(TINY, "epochs=2")
 
 
 def test_message_counts_and_names_its_source(tmp_path: Path) -> None:
@@ -261,7 +268,14 @@ def test_message_counts_and_names_its_source(tmp_path: Path) -> None:
         ({"backbone": {"name": "small_cnn", "weight": 2}}, ("backbone.weight", "unknown key")),
         ({"sharing": {"at": "pool1"}}, ("sharing", "kind", "cross_stitch")),
         ({"sharing": {"kind": "split"}}, ("sharing.at", "required")),
-        ({"sharing": {"kind": "split", "at": "pool1", "granularity": "dense"}}, ("sharing.granularity", "unknown key")),
+        (
+            {"sharing": {"kind": "split", "at": "pool1", "granularity": "dense"}},
+            (
+                "sharing.granularity: unknown key 'granularity' of sharing kind 'split'; cross_stitch has it: set",
+                "cross_stitch too",
+            ),
+        ),
+        ({"sharing": {"kind": "cross_stitch", "zzz": 1}}, ("sharing.zzz", "unknown key 'zzz'")),
         ({"sharing": {"kind": "cross_stitch", "granularity": "pixel"}}, ("sharing.granularity", "'channel'", "pixel")),
         ({"sharing": {"kind": "cross_stitch", "init": {"smae": 1}}}, ("sharing.init", "smae", "did you mean 'same'")),
         ({"sharing": {"kind": ["split"]}}, ("sharing", "split")),
@@ -270,13 +284,13 @@ def test_message_counts_and_names_its_source(tmp_path: Path) -> None:
         ({"optim": {"lr": float("nan")}}, ("optim.lr", "finite")),
         ({"optim": {"name": "adma"}}, ("optim.name", "'adam'", "adma")),
         ({"batch_size": 1}, ("batch_size", "2")),
-        ({"epochs": 2.5}, ("epochs", "integer", "2.5")),
+        ({"epochs": 2.5}, ("epochs", "whole number", "2.5")),
         ({"precision": "fp16"}, ("precision", "'bf16'", "fp16")),
         ({"data": {"validation": 1.5}}, ("data.validation:", "1.5")),
         ({"data": {"validation": -1}}, ("data.validation:", "-1")),
         ({"data": {"datasets": {"tinny": {}}}}, ("data.datasets", "unknown dataset 'tinny'", "did you mean 'tiny'")),
         ({"data": {"datasets": {"tiny": {"trian": 3}}}}, ("data.datasets.tiny.trian", "did you mean 'train'")),
-        ({"data": {"datasets": {"tiny": {"train": "x"}}}}, ("data.datasets.tiny.train", "integer", "'x'")),
+        ({"data": {"datasets": {"tiny": {"train": "x"}}}}, ("data.datasets.tiny.train", "whole number", "'x'")),
         ({"data": {"datasets": {"tiny": 3}}}, ("data.datasets.tiny", "3")),
         ({"data": {"datasets": {"fashion_mnist": 3}}}, ("data.datasets", "fashion_mnist", "3")),
         ({"data": {"datasets": {"fashion_mnist": {"x": 3}}}}, ("data.datasets", "fashion_mnist", "no options", "x")),
@@ -660,7 +674,7 @@ def test_plugin_options_reach_the_schema(schema: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epochs=true", "epochs: Input should be a valid integer"),
+        ("epochs=true", "epochs: must be a whole number; found 'True'"),
         ("data.class_balanced=5", r"data.class_balanced: must be a list, as in \[a, b\]; found 5"),
         ("data.mixing=proportionl", r"data.mixing.policy: .* \(did you mean 'proportional'\?\); found 'proportionl'"),
         ("data.labelled=5", "data.labelled: must be a mapping, as in {key: value}; found 5"),
@@ -725,6 +739,10 @@ def test_a_dataset_under_a_name_of_ones_own(tiny_config: dict[str, Any]) -> None
     [
         ({"tasks": [{"name": "first", "task": "tinny_a"}]}, "unknown task 'tinny_a'.*did you mean 'tiny_a'"),
         ({"tasks": [{"name": "tiny_b", "task": "tiny_a"}]}, "'tiny_b' is a registered task; give your 'tiny_a' another name"),
+        (
+            {"tasks": [{"name": "first", "taks": "tiny_a"}]},
+            "unknown key 'taks'; .*did you mean 'task'.* 'first' is no registered task",
+        ),
         ({"tasks": [{"name": "a b", "task": "tiny_a"}]}, "'a b' cannot be a name"),
         ({"tasks": [{"name": "first", "task": 3}]}, "task.*string"),
         ({"tasks": ["tiny_a"], "data": {"datasets": {"mine": {"dataset": "tinny"}}}}, "unknown dataset 'tinny'"),
