@@ -111,6 +111,8 @@ def _own(given: str | Mapping[str, Any]) -> list[Arm]:
         name, colon, text = given.partition(":")
         if not colon or "=" in name:
             raise ConfigError([f"arm {given!r} has no name; write NAME:key=value, as in wide:backbone.width=2"])
+        if name == "split":
+            raise ConfigError([f"arm {given!r}: write split:POINT, as in split:pool1, or split for one at every point"])
         return [_user_arm(name, words(name, text))]
     if not isinstance(given, Mapping):
         raise ConfigError([f"an arm is a name, NAME:key=value, or a mapping {{name: overrides}}; found {given!r}"])
@@ -192,7 +194,8 @@ def listed(path: Path) -> list[str | dict[str, Any]]:
     try:
         given = parsed(read_text(path))
     except (OSError, ValueError) as error:
-        raise ConfigError([f"cannot read arms {str(path)!r}: {' '.join(str(error).split())}"]) from None
+        why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise ConfigError([f"cannot read the list of arms {str(path)!r}: {why}"], source="--arms") from None
     if not isinstance(given, list) or not all(isinstance(one, str | dict) for one in given):
-        raise ConfigError([f"{str(path)!r} must hold a list of names and mappings {{name: overrides}}"])
+        raise ConfigError([f"{str(path)!r} must hold a list of names and mappings {{name: overrides}}"], source="--arms")
     return given

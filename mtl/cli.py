@@ -19,7 +19,7 @@ from mtl.command import AsJson, Plugins, json_only, load_plugins
 from mtl.errors import MTLError
 from mtl.interruption import end
 from mtl.listing import app as listing_app
-from mtl.printing import brief, print_comparison, print_csv, print_figures, print_result, show
+from mtl.printing import brief, print_comparison, print_csv, print_figures, print_result, readable, show
 
 N = TypeVar("N", int, float)
 
@@ -117,10 +117,14 @@ def compare(
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:KEY=VALUE", help="Another: the config with overrides, as in 'wide:backbone.width=2'."),
+        typer.Option(
+            metavar="NAME:KEY=VALUE",
+            help="An arm of your own, beside those of --arms: the config with overrides, as in 'wide:backbone.width=2'. For "
+            "your own alone add --arms ''.",
+        ),
     ] = None,
     seeds: Annotated[
-        str, typer.Option(metavar="N or S,S,...", help="How many, counted from the config's seed; or which, as in 0,3,7.")
+        str, typer.Option(metavar="N or S,S,...", help="How many, counted from the config's seed; or which, as in 0,3,7 or 5,")
     ] = "3",
     fractions: Annotated[
         str | None,
@@ -161,7 +165,8 @@ def compare(
         directory = out if out is not None else default_directory(loaded, Path(config).stem)
         count = chosen[0] if "," not in seeds else chosen
         if dry_run:
-            show(comparison.plan(loaded, wanted, count, shares, reference, directory, jobs), as_json)
+            planned = comparison.plan(loaded, wanted, count, shares, reference, directory, jobs)
+            show(planned if as_json else readable(planned), as_json)
             return
         found = comparison.compare(
             loaded,
@@ -360,7 +365,7 @@ def numbers(option: str, text: str, kind: type[N]) -> list[N]:
     from mtl.errors import ConfigError
 
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         example = "3, or a list of seeds such as 0,3,7" if kind is int else "a list of numbers such as 0.01,0.1,1"
         raise ConfigError([f"{option} {text!r}: give {example}"], source="mtl compare") from None

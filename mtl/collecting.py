@@ -133,6 +133,14 @@ class Facts:
         shapes = {point.name: point.shape for point in model.points}
         return all(_gives_back(unit, len(config.tasks), shapes[point]) for point, unit in model.exchange().items())
 
+    def steps(self, config: RunConfig) -> int:
+        """Of a run of this config."""
+        base, fraction = self.base, config.data.fraction
+        alone = len(config.tasks) < len(base.tasks)  # and takes as many as all together
+        same = alone or _draws(config) == _draws(base)
+        steps = (self.survey(fraction) if same else survey(config)).epoch_steps * config.epochs
+        return min(steps, config.max_steps or steps)
+
     def parameters(self, config: RunConfig) -> int:
         """Numbers that a config trains, its heads as its own share of the data makes them."""
         tasks = self.survey(config.data.fraction).tasks
@@ -151,6 +159,11 @@ class Facts:
         if key not in self._costs:
             self._costs[key] = parameters_and_flops(config, _named_in(config, tasks), self.shape)
         return self._costs[key]
+
+
+def _draws(config: RunConfig) -> tuple[Any, ...]:
+    """What decides, of given data, how many steps an epoch has."""
+    return config.batch_size, config.optim.accumulate, config.epoch_steps, config.data.mixing
 
 
 def _named_in(config: RunConfig, tasks: Sequence[Task]) -> list[Task]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mtl import report
-from mtl.arm_specs import arms_of, default_arms
+from mtl.arm_specs import arms_of, default_arms, known
 from mtl.arms import SINGLE_TASK, Arm, Piece
 from mtl.auto import resolved
 from mtl.build import make_tasks
@@ -27,6 +27,7 @@ from mtl.comparison_dir import (
     begun,
     default_directory,
     locked,
+    refuse_file,
     with_data,
     with_plugins,
     with_tasks,
@@ -34,10 +35,12 @@ from mtl.comparison_dir import (
 )
 from mtl.config import InitFrom, RunConfig
 from mtl.data import Split
-from mtl.errors import ConfigError, RunError, unknown
+from mtl.errors import ConfigError, RunError, listing, unknown
 from mtl.findings import mean_score, task_score
 from mtl.jobs import Job, Tally, finished, train_all
+from mtl.locking import refuse_unwritable
 from mtl.progress import Progress, Silent
+from mtl.stats import seeds_needed
 from mtl.task import Task
 from mtl.tracking import log_hparams
 from mtl.writing import write_whole
@@ -73,11 +76,15 @@ def compare(
         fractions: shares of the training data; None: the config's own.
         reference: the arm that others are compared with; None: `unshared` where it is among them, else `single_task`, else
             the first.
-        out: directory; what it holds of this comparison is used again. None: see `default_directory`.
+        out: directory; what it holds of this comparison is used again. None: `runs/compare-` and the config's digest, which
+            other arms, seeds and shares of the same config have in common.
         jobs: trainings at a time. More than one run in processes of their own, which import the calling script again: there
             the call must stand under `if __name__ == "__main__":`.
         plugins: files that register what `config` names, for those processes.
         progress: what to show meanwhile, such as `mtl.for_terminal()`; None: nothing.
+
+    Returns:
+        Where everything is, and what `results.json` holds: cells with their figures, and findings with the answer in words.
 
     Raises:
         MTLError: anything a user can mend. Finished runs are kept.
@@ -99,6 +106,8 @@ def compare(
         refuse_other_networks(cells, facts, directory / "runs")
         with writing(directory):
             write_whole(directory / NOTE, note)
+        for warning in forewarned(made, facts, seeds, fractions):
+            progress.line(warning)
         failed = train_pieces(cells, directory / "runs", jobs, [Path(one) for one in plugins], progress)
         try:
             results = collect(cells, facts, directory, chosen, failed, progress, edited)
@@ -121,12 +130,14 @@ def plan(
     out: str | Path | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """What `compare` would train: how many runs, how many of them are there already, what they take on disk at most, and of
-    each arm its runs and its cost.
+    """What `compare` would train: how many runs, how many of them are there already, what they take on disk at most, what they
+    cannot tell, and of each arm its runs, the steps of each at each share of the data, and its cost.
     """
     check_call(config, arms, out)
     seeds, fractions = wanted(config, seeds, fractions, jobs)
     directory = Path(out) if out is not None else default_directory(config)
+    refuse_file(directory)
+    refuse_unwritable(directory)
     facts = Facts(begun(directory, config)[0] if directory.is_dir() else resolved(config))
     made = arms_of(default_arms(config) if arms is None else arms, facts.base, facts.setting.points)
     chosen = reference_of(reference, [arm.name for arm in made])
@@ -141,6 +152,7 @@ def plan(
         described[arm.name] = {
             "about": arm.about,
             "runs": len({piece.name for cell in mine for piece in cell.pieces}),
+            "steps": {f"{cell.fraction:g}": facts.steps(cell.pieces[0].config) for cell in mine if cell.seed == seeds[0]},
             "parameters": sum(parameters for parameters, _ in costs),
             "flops_forward_per_image": sum(flops for _, flops in costs),
         }
@@ -148,12 +160,29 @@ def plan(
         "directory": str(directory),
         "runs": len(pieces),
         "finished": there,
+        "seeds": seeds,
+        "fractions": fractions,
         "reference": chosen,
         "bytes_at_most": sum(checkpoint_bytes(piece.config, facts) for piece in pieces.values()),
-        "steps_per_epoch": {f"{fraction:g}": facts.survey(fraction).epoch_steps for fraction in fractions},
-        "epochs": config.epochs,
+        "notes": forewarned(made, facts, seeds, fractions),
         "arms": described,
     }
+
+
+def forewarned(arms: Sequence[Arm], facts: Facts, seeds: Sequence[int], fractions: Sequence[float]) -> list[str]:
+    """What such a comparison cannot tell, whatever comes of it."""
+    notes = []
+    if len(facts.tasks) == 1:
+        notes.append("there is one task: it has nothing to share, and kinds of sharing are alike")
+    if len(arms) == 1:
+        notes.append(f"there is one arm, {arms[0].name}: nothing to compare it with")
+    elif len(seeds) < (needed := seeds_needed((len(arms) - 1) * len(fractions))):
+        shares = f" at {len(fractions)} shares of the data" * (len(fractions) > 1)
+        notes.append(
+            f"{report.counted(len(seeds), 'seed')}: whether arms differ cannot be shown, which with {len(arms)} arms{shares} "
+            f"takes {needed} or more; runs are kept, so that more can be added"
+        )
+    return notes
 
 
 def checkpoint_bytes(config: RunConfig, facts: Facts) -> int:
@@ -171,7 +200,9 @@ def wanted(
     """
     wrong = []
     which = [*range(config.seed, config.seed + seeds)] if _whole(seeds) and seeds <= MOST else _all_of(seeds, _whole)
-    if not which or len(set(which)) < len(which) or min(which) < 0 or max(which) > 2**31:
+    if _whole(seeds) and which and not 0 <= config.seed <= 2**31 - MOST:
+        wrong.append(f"seed: the first of them, from 0 to {2**31 - MOST:,}; found {config.seed:,}")
+    elif not which or len(set(which)) < len(which) or min(which) < 0 or max(which) > 2**31:
         wrong.append(f"seeds: how many, from 1 to {MOST:,}, or different ones from 0 to 2**31; found {seeds!r}")
     shares = [config.data.fraction] if fractions is None else sorted(_all_of(fractions, lambda one: isinstance(one, Real)))
     if not shares or len({f"{one:g}" for one in shares}) < len(shares) or not all(0 < share <= 1 for share in shares):
@@ -319,6 +350,11 @@ def reference_of(wanted: str | None, arms: Sequence[str]) -> str:
     """
     if wanted is None:
         return next((name for name in ("unshared", SINGLE_TASK) if name in arms), arms[0])
+    if wanted not in arms and wanted in known():
+        raise ConfigError(
+            [f"reference: {wanted!r} is not among the arms that are compared, {listing(arms)}; add it to them"],
+            source="compare",
+        )
     if wanted not in arms:
         raise ConfigError([f"reference: {unknown('arm', wanted, arms)}"], source="compare")
     return wanted

@@ -35,6 +35,16 @@ def asked(config: RunConfig) -> RunConfig:
     return config.replaced(init_from={task: located(task, start) for task, start in config.init_from.items()})
 
 
+def refuse_file(directory: Path) -> None:
+    """Complain of what is there and no directory.
+
+    Raises:
+        RunError: it is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{str(directory)!r} is a file; give a folder")
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """One process at a time works in a comparison's directory.
@@ -42,8 +52,7 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         RunError: another does, or it cannot be written.
     """
-    if directory.exists() and not directory.is_dir():
-        raise RunError(f"{str(directory)!r} is a file; give a folder")
+    refuse_file(directory)
     new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,9 @@ class Tally:
     def __init__(self, total: int, progress: Progress) -> None:
         self.total, self.progress = total, progress
         self.done = 0
-        self._trained, self._began = 0, time.monotonic()
+        self.trained = 0
+        """Of those that are done, in this process and those that it started."""
+        self._began = time.monotonic()
 
     def begin(self, kept: int, jobs: Sequence[Job]) -> None:
         """`kept` of the runs are there already, `jobs` are to be trained."""
@@ -95,8 +97,8 @@ class Tally:
 
     def count(self, job: Job, why: str | None, seconds: float) -> None:
         """A run is done, or failed."""
-        self._trained += 1
-        left = (time.monotonic() - self._began) / self._trained * (self.total - self.done - 1)
+        self.trained += 1
+        left = (time.monotonic() - self._began) / self.trained * (self.total - self.done - 1)
         then = f"; about {spoken(left)} left" if self.done + 1 < self.total else ""
         self.line(job, f": failed: {why}{then}" if why is not None else f": {spoken(seconds)}{then}")
         self.done += 1
@@ -279,10 +281,13 @@ def _at_once(left: Sequence[Job], at_once: int, plugins: Sequence[Path], tally: 
                 if why is not None:
                     failed[futures[future].directory] = why
     except BrokenProcessPool:
+        causes = [
+            "it ran out of memory (use fewer jobs or a smaller batch_size)",
+            "the call of mtl.compare is not in a file, there under if __name__ == '__main__'",
+        ]
         raise RunError(
-            "a training process died: for lack of memory perhaps (use fewer jobs or a smaller batch_size), or because the "
-            "call of mtl.compare is neither in a file nor there under if __name__ == '__main__':; finished runs are kept, and "
-            "the same call goes on with the others"
+            f"a training process died. Perhaps {', or '.join(causes if tally.trained else reversed(causes))}. Finished runs "
+            "are kept, and the same call goes on with the others"
         ) from None
     except BaseException:
         for process in multiprocessing.active_children():

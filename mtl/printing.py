@@ -81,6 +81,43 @@ def brief(said: dict[str, Any]) -> str:
     return f"{texts[0]} ({others})" if others else texts[0] if texts else json.dumps(said)
 
 
+def readable(planned: dict[str, Any]) -> dict[str, Any]:
+    """A plan of a comparison for people: sizes in their units, and no shares of the data where there is one."""
+    shares = planned["fractions"]
+    arms = {
+        name: {
+            "about": of["about"],
+            "runs": of["runs"],
+            "steps of a run": next(iter(of["steps"].values()))
+            if len(shares) == 1
+            else {f"{100 * share:g} %": of["steps"][f"{share:g}"] for share in shares},
+            "parameters": f"{of['parameters']:,}",
+            "forward pass of an image": f"{of['flops_forward_per_image'] / 1e6:,.2f} MFLOPs",
+        }
+        for name, of in planned["arms"].items()
+    }
+    return {
+        "directory": planned["directory"],
+        "runs": planned["runs"],
+        "finished": planned["finished"],
+        "seeds": planned["seeds"],
+        **({"shares of the data": [f"{100 * share:g} %" for share in shares]} if len(shares) > 1 else {}),
+        "reference": planned["reference"],
+        "on disk at most": size(planned["bytes_at_most"]),
+        **({"notes": planned["notes"]} if planned["notes"] else {}),
+        "arms": arms,
+    }
+
+
+def size(count: int) -> str:
+    """A number of bytes in words.
+
+    >>> size(950_000), size(1_319_535_744)
+    ('1 MB', '1.3 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
 def print_comparison(results: dict[str, Any]) -> None:
     """A table of scores and differences for each share of the data, and the answer. A row per arm, or where that is wider than
     the terminal a column, if that is narrower.

@@ -43,7 +43,7 @@ from mtl.comparison_dir import begun, with_tasks
 from mtl.config import RunConfig, load
 from mtl.findings import BETTER, FEW, OPEN, WORSE, tell
 from mtl.locking import Lock
-from mtl.printing import print_comparison
+from mtl.printing import print_comparison, readable
 from mtl.rundir import DISTRIBUTION
 from mtl.sections import exchange_parts, in_points, score_parts, summary, transfer_parts
 from mtl.stats import estimate
@@ -287,7 +287,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_an_uninterrupted_one(
     progress = Lines()
     with pytest.raises(KeyboardInterrupt):
         mtl.compare(base, arms, 1, out="cut", progress=progress)
-    assert progress.lines[0] == "3 runs to train"
+    assert progress.lines[0].startswith("1 seed: whether arms differ cannot be shown, which with 3 arms takes 7 or more;")
+    assert progress.lines[1] == "3 runs to train"
     assert any(re.fullmatch(r"\[1/4\] single_task tiny_a, seed 0: \d+ s; about \d+ s left", line) for line in progress.lines)
     assert progress.lines[-1].startswith("interrupted: 2 of 4 runs are finished, in cut/runs; the same command goes on")
     kept = {path.parent.name for path in Path("cut/runs").glob("*/result.json")}
@@ -368,6 +369,24 @@ def test_a_plan_says_what_would_be_trained_and_leaves_nothing(base: RunConfig, i
     said = comparison.plan(base, ["single_task", "unshared", "warm:init_from=single_task"], 2, out="one")
     assert (said["runs"], said["finished"], said["arms"]["single_task"]["runs"]) == (8, 0, 4)
     assert not Path("one").exists()
+    assert said["notes"] == [
+        "2 seeds: whether arms differ cannot be shown, which with 3 arms takes 7 or more; runs are kept, so that more can be "
+        "added"
+    ]
+    arms = ["single_task", "unshared", "big:batch_size=12", "long:epochs=5 max_steps=7"]
+    shares = comparison.plan(base, arms, 10, [0.5, 1], out="one")
+    assert (shares["notes"], shares["seeds"], shares["fractions"]) == ([], [*range(10)], [0.5, 1.0])
+    steps = {name: of["steps"] for name, of in shares["arms"].items()}
+    assert steps["single_task"] == steps["unshared"] == {"0.5": 4, "1": 6}
+    assert (steps["big"], steps["long"]) == ({"0.5": 4, "1": 6}, {"0.5": 7, "1": 7})
+    people = readable(shares)
+    assert people["arms"]["long"]["steps of a run"] == {"50 %": 7, "100 %": 7}
+    assert readable(comparison.plan(base, ["unshared"], 1, out="one"))["arms"]["unshared"]["steps of a run"] == 6
+    alone = comparison.plan(base.replaced(tasks=["tiny_a"]), ["unshared"], 1, out="one")
+    assert alone["notes"] == [
+        "there is one task: it has nothing to share, and kinds of sharing are alike",
+        "there is one arm, unshared: nothing to compare it with",
+    ]
     mtl.compare(base, ["unshared"], 1, out="one")
     assert comparison.plan(base, ["unshared"], 2, out="one")["finished"] == 1
 
@@ -508,6 +527,7 @@ def test_a_directory_of_another_comparison_is_refused_with_what_differs(base: Ru
         ({"fractions": [0.3333333, 0.33333334]}, "fractions: .* different in six digits"),
         ({"jobs": 0}, "jobs: at least 1"),
         ({"reference": "unshard"}, "reference: unknown arm 'unshard'"),
+        ({"reference": "ensemble"}, "reference: 'ensemble' is not among the arms that are compared, unshared; add it"),
     ],
 )
 def test_plans_that_mean_nothing(given: dict[str, Any], message: str, base: RunConfig, in_tmp: Path) -> None:
@@ -516,6 +536,26 @@ def test_plans_that_mean_nothing(given: dict[str, Any], message: str, base: RunC
     with pytest.raises(mtl.ConfigError, match=message):
         comparison.plan(base, ["unshared"], **{"seeds": 1, "out": "x", **given})
     assert not Path("x/runs").exists()
+
+
+def test_a_first_seed_below_zero_is_told_as_the_configs(base: RunConfig) -> None:
+    with pytest.raises(mtl.ConfigError, match=r"seed: the first of them, from 0 to 2,147,473,648; found -1"):
+        comparison.wanted(base.replaced(seed=-1), 3, None, 1)
+
+
+def test_a_plan_is_not_made_for_where_nothing_can_be_written(base: RunConfig, in_tmp: Path) -> None:
+    Path("file").touch()
+    with pytest.raises(mtl.RunError, match="'file' is a file; give a folder"):
+        comparison.plan(base, ["unshared"], 1, out="file")
+    with pytest.raises(mtl.RunError, match="cannot write to '/proc/x'"):
+        comparison.plan(base, ["unshared"], 1, out="/proc/x")
+
+
+def test_a_share_that_lacks_a_class_is_named(base: RunConfig, in_tmp: Path) -> None:
+    with pytest.raises(
+        mtl.DataError, match=r"with data\.fraction=0\.03 \(a larger share may do\): .*'tiny_a': 1 of 3 classes never"
+    ):
+        comparison.plan(base, ["unshared"], 1, [0.03], out="one")
 
 
 def test_numbers_of_arrays_are_plain_ones(base: RunConfig) -> None:
