@@ -166,19 +166,21 @@ def compare(
         count = chosen[0] if "," not in seeds else chosen
         if dry_run:
             planned = comparison.plan(loaded, wanted, count, shares, reference, directory, jobs)
-            show(planned if as_json else readable(planned), as_json)
-            return
-        found = comparison.compare(
-            loaded,
-            wanted,
-            count,
-            fractions=shares,
-            reference=reference,
-            out=directory,
-            jobs=jobs,
-            plugins=plugin or [],
-            progress=for_terminal(),
-        )
+        else:
+            found = comparison.compare(
+                loaded,
+                wanted,
+                count,
+                fractions=shares,
+                reference=reference,
+                out=directory,
+                jobs=jobs,
+                plugins=plugin or [],
+                progress=for_terminal(),
+            )
+    if dry_run:
+        show(planned if as_json else readable(planned), as_json)
+        return
     if as_json:
         show({"directory": found.directory, **found.results}, as_json)
     else:

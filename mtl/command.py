@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -50,9 +51,11 @@ def _descriptor_too() -> Iterator[None]:
 
 
 def _flush() -> None:
-    """Write what the interpreter's own standard output still holds."""
+    """Write what the interpreter's own standard output still holds, and what libraries in C do."""
     if sys.__stdout__ is not None:
         sys.__stdout__.flush()
+    with suppress(AttributeError, OSError, TypeError):  # elsewhere than on POSIX
+        ctypes.CDLL(None).fflush(None)
 
 
 def load_plugins(paths: list[Path] | None) -> None:

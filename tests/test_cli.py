@@ -594,6 +594,15 @@ def test_with_json_nothing_else_is_on_standard_output(capfd: pytest.CaptureFixtu
     assert set(said.err.split("\n")) == {"printed", "written", "by another process", ""}
 
 
+def test_with_json_what_libraries_in_c_keep_back_is_not_on_standard_output_either() -> None:
+    program = (
+        "import ctypes\nfrom mtl.command import json_only\nwith json_only(True): ctypes.CDLL(None).printf(b'C')\nprint('{}')"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == ("{}\n", "C")
+
+
 def test_config_schema_is_one_json_object() -> None:
     schema = command("config", "schema").json
     assert list(schema["properties"]) == list(mtl.RunConfig.model_fields)
