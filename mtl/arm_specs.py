@@ -111,7 +111,7 @@ def _own(given: str | Mapping[str, Any]) -> list[Arm]:
         name, colon, text = given.partition(":")
         if not colon or "=" in name:
             raise ConfigError([f"arm {given!r} has no name; write NAME:key=value, as in wide:backbone.width=2"])
-        if name == "split":
+        if name == "split" and ":" not in text:
             raise ConfigError([f"arm {given!r}: write split:POINT, as in split:pool1, or split for one at every point"])
         return [_user_arm(name, words(name, text))]
     if not isinstance(given, Mapping):

@@ -140,7 +140,8 @@ class Joint(Arm):
         config, base = self.pieces(setting, setting.base.data.fraction, setting.base.seed)[0].config, setting.base
         starts = sorted(task for task, given in config.init_from.items() if base.init_from.get(task) != given)
         images, others = (one.batch_size * one.optim.accumulate for one in (config, base))
-        draws = [key for key in ("mixing", "class_balanced") if getattr(config.data, key) != getattr(base.data, key)]
+        keys = ("mixing", "class_balanced")[len(set(setting.datasets.values())) < 2 :]  # of one dataset there is nothing to mix
+        draws = [key for key in keys if getattr(config.data, key) != getattr(base.data, key)]
         found = {"images": images if images != others else None, "draws": draws, "init_from": starts}
         return {key: value for key, value in found.items() if value}
 
@@ -228,13 +229,29 @@ def widened(config: RunConfig, wanted: int, parameters: Callable[[RunConfig], in
     def at(width: int) -> RunConfig:
         return from_tree(override(tree, [f"backbone.width={width if parts == 1 else width / parts}"]))
 
-    low, high = 0, parts
-    while (found := parameters(at(high))) < wanted:
-        if low and found <= parameters(at(low)):
-            raise ConfigError([f"backbone.width={high // parts} trains {found:,} parameters, no more than half of that does"])
+    def count(width: int) -> int:
+        try:
+            return parameters(at(width))
+        except ConfigError:
+            if width < own:  # narrower than the backbone allows
+                return 0
+            raise
+
+    own = low = high = round(config.backbone.options.width * parts)  # type: ignore[union-attr]
+    found = least = parameters(config)
+    while found < wanted:
         low, high = high, 2 * high
+        found = count(high)
+        if high >= own * 2**PLATEAU and found <= least:
+            raise ConfigError([f"backbone.width={high / parts:g} trains {found:,} parameters, no more than the config's does"])
+    if low == high:
+        low = 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if parameters(at(middle)) < wanted else (low, middle)
-    nearest = min((width for width in (low, high) if width), key=lambda width: abs(parameters(at(width)) - wanted))
-    return at(nearest)
+        low, high = (middle, high) if count(middle) < wanted else (low, middle)
+    nearer = low > 0 and count(low) > 0 and wanted - count(low) < count(high) - wanted
+    return at(low if nearer else high)
+
+
+PLATEAU = 6
+"""Doublings of a width after which a network should have become larger."""

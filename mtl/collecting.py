@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Facts:
         self.base = base
         self.survey = cache(lambda fraction: survey(base.replaced(data=base.data.model_copy(update={"fraction": fraction}))))
         self._costs: dict[str, tuple[int, int]] = {}
+        self._others: dict[str, list[Task]] = {}
         self._started: set[tuple[str, bool]] = set()
         about = self.survey(base.data.fraction)
         self.tasks, self.shape = about.tasks, about.shape
@@ -116,8 +117,22 @@ class Facts:
     def _model(self, config: RunConfig) -> MultiTaskModel:
         return model_of(config, self._tasks_of(config), self.shape, pretrained=False)
 
-    def _tasks_of(self, config: RunConfig) -> list[Task]:
-        return _named_in(config, self.tasks)
+    def _tasks_of(self, config: RunConfig, fraction: float | None = None) -> list[Task]:
+        """A config's tasks, their heads with what they take from a share of the training data; None: from the comparison's own.
+        An arm may give a task other options.
+        """
+        base, fraction = self.base, self.base.data.fraction if fraction is None else fraction
+        known = [replace(one, weight=None) for one in base.tasks]
+        if all(replace(one, weight=None) in known for one in config.tasks):
+            tasks = self.survey(fraction).tasks
+        else:
+            key = f"{self._network(config)} {fraction}"
+            if key not in self._others:
+                data = config.data.model_copy(update={"fraction": fraction})
+                self._others[key] = survey(config.replaced(data=data)).tasks
+            tasks = self._others[key]
+        wanted = [task.name for task in config.tasks]
+        return [task for task in tasks if task.name in wanted]
 
     def besides(self, arm: Arm) -> dict[str, Any]:
         """Of an arm `unlike`, what its runs are given beyond what others are, and `apart`, whether units stay the identity."""
@@ -127,6 +142,8 @@ class Facts:
     def _stays_identity(self, config: RunConfig) -> bool:
         """Whether exchange units are frozen, and give every tower its own features back."""
         if not isinstance(config.sharing, Exchange) or not config.optim.freeze:
+            return False
+        if len(set(self.setting.datasets.values())) > 1:  # towers with units see all images, and batch norm their statistics
             return False
         model = self._model(config)
         model.freeze(config.optim.freeze)
@@ -143,8 +160,7 @@ class Facts:
 
     def parameters(self, config: RunConfig) -> int:
         """Numbers that a config trains, its heads as its own share of the data makes them."""
-        tasks = self.survey(config.data.fraction).tasks
-        return self._counted(f"{self._network(config)} {config.data.fraction}", config, tasks)[0]
+        return self._counted(config, config.data.fraction)[0]
 
     @staticmethod
     def _network(config: RunConfig) -> str:
@@ -153,22 +169,18 @@ class Facts:
 
     def cost(self, config: RunConfig) -> tuple[int, int]:
         """Parameters that a config trains, and FLOPs of a forward pass."""
-        return self._counted(self._network(config), config, self.tasks)
+        return self._counted(config, self.base.data.fraction)
 
-    def _counted(self, key: str, config: RunConfig, tasks: Sequence[Task]) -> tuple[int, int]:
+    def _counted(self, config: RunConfig, fraction: float) -> tuple[int, int]:
+        key = f"{self._network(config)} {fraction}"
         if key not in self._costs:
-            self._costs[key] = parameters_and_flops(config, _named_in(config, tasks), self.shape)
+            self._costs[key] = parameters_and_flops(config, self._tasks_of(config, fraction), self.shape)
         return self._costs[key]
 
 
 def _draws(config: RunConfig) -> tuple[Any, ...]:
     """What decides, of given data, how many steps an epoch has."""
     return config.batch_size, config.optim.accumulate, config.epoch_steps, config.data.mixing
-
-
-def _named_in(config: RunConfig, tasks: Sequence[Task]) -> list[Task]:
-    wanted = [task.name for task in config.tasks]
-    return [task for task in tasks if task.name in wanted]
 
 
 @torch.no_grad()
@@ -178,7 +190,11 @@ def _gives_back(unit: ExchangeUnit, tasks: int, shape: tuple[int, ...]) -> bool:
         return False
     device = next((one.device for one in (*unit.parameters(), *unit.buffers())), torch.device("cpu"))
     features = list(torch.linspace(0, 1, 2 * tasks * math.prod(shape), device=device).view(tasks, 2, *shape))
-    return all(torch.equal(one, other) for one, other in zip(unit.eval()(features), features, strict=True))
+    return all(
+        torch.equal(one, other)
+        for training in (True, False)
+        for one, other in zip(unit.train(training)(features), features, strict=True)
+    )
 
 
 def collect(

@@ -200,8 +200,8 @@ def wanted(
     """
     wrong = []
     which = [*range(config.seed, config.seed + seeds)] if _whole(seeds) and seeds <= MOST else _all_of(seeds, _whole)
-    if _whole(seeds) and which and not 0 <= config.seed <= 2**31 - MOST:
-        wrong.append(f"seed: the first of them, from 0 to {2**31 - MOST:,}; found {config.seed:,}")
+    if _whole(seeds) and which and not 0 <= config.seed <= 2**31 - int(seeds):
+        wrong.append(f"seed: the first of {seeds}, from 0 to {2**31 - int(seeds):,}; found {config.seed:,}")
     elif not which or len(set(which)) < len(which) or min(which) < 0 or max(which) > 2**31:
         wrong.append(f"seeds: how many, from 1 to {MOST:,}, or different ones from 0 to 2**31; found {seeds!r}")
     shares = [config.data.fraction] if fractions is None else sorted(_all_of(fractions, lambda one: isinstance(one, Real)))
@@ -350,7 +350,7 @@ def reference_of(wanted: str | None, arms: Sequence[str]) -> str:
     """
     if wanted is None:
         return next((name for name in ("unshared", SINGLE_TASK) if name in arms), arms[0])
-    if wanted not in arms and wanted in known():
+    if wanted not in arms and wanted in known() and not wanted.startswith("split"):
         raise ConfigError(
             [f"reference: {wanted!r} is not among the arms that are compared, {listing(arms)}; add it to them"],
             source="compare",

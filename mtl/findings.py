@@ -359,10 +359,8 @@ def _unequal_training(results: Mapping[str, Any], arms: Mapping[str, Any], fract
     for arm in results["arms"]:
         unlike = arm.get("unlike", {})
         if other := unlike.get("images"):
-            seen = _times_as_many(arm["name"], [one["name"] for one in results["arms"] if not one.get("unlike")], cells)
-            yield (
-                f"{arm['name']} takes {other:,} images in a step instead of {images:,}{seen}, and differences are also of that."
-            )
+            seen = _times_as_many(arm["name"], results["reference"], cells)
+            yield (f"{arm['name']} takes {other:,} images in a step instead of {images:,}{seen}; differences are also of that.")
         if draws := unlike.get("draws"):
             yield f"{arm['name']} draws its samples otherwise ({', '.join(draws)}), and differences are also of that."
         if starts := unlike.get("init_from"):
@@ -377,16 +375,19 @@ def _unequal_training(results: Mapping[str, Any], arms: Mapping[str, Any], fract
         )
 
 
-def _times_as_many(arm: str, others: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> str:
-    """How many images an arm saw in all, over those of others that train all tasks together; empty where it is not known."""
-    seen: dict[str, set[int]] = {}
+def _times_as_many(arm: str, reference: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    """How many images an arm's runs saw in all, over those of the reference's; empty where that trains tasks alone, or where
+    it is not known.
+    """
+    seen: dict[str, set[int]] = {arm: set(), reference: set()}
     for cell in cells:
-        if len(cell["steps"]) == 1:
-            seen.setdefault(cell["arm"], set()).update(cell.get("images", {}).values())
-    mine, theirs = max(seen.get(arm, ()), default=0), max((n for one in others for n in seen.get(one, ())), default=0)
-    if not mine or not theirs:
+        if cell["arm"] in seen and len(cell["steps"]) == 1:
+            seen[cell["arm"]].update(cell.get("images", {}).values())
+    mine, theirs = (max(seen[one], default=0) for one in (arm, reference))
+    if not mine or not theirs or arm == reference:
         return ""
-    return " and saw as many in all" if mine == theirs else f" and saw {mine / theirs:.3g} times as many in all"
+    ratio = f"{mine / theirs:.3g}"
+    return f", and in all {'as many' if ratio == '1' else f'{ratio} times as many'} as {reference}"
 
 
 def labels_are_missing(results: Mapping[str, Any], fraction: float) -> bool:

@@ -207,8 +207,9 @@ def _written(run_dir: Path) -> RunConfig | None:
 
 
 def _filled_in(key: str) -> bool:
-    """Whether a run writes something of its own there."""
-    return key == "data.input_shape" or (key.startswith("init_from.") and key.endswith((".path", ".digest")))
+    """Whether a run writes something of its own there: what it found, or that there was nothing to batch or to compile."""
+    of_weights = key.startswith("init_from.") and key.endswith((".path", ".digest"))
+    return of_weights or key in ("data.input_shape", "execution", "compile")
 
 
 def _may_change(key: str) -> bool:

@@ -14,15 +14,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Lines, TinyOptions, load_samples
 from matplotlib.axes import Axes
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
@@ -95,7 +97,10 @@ def test_what_an_arm_is_given_beyond_the_others_is_noted(setting: Setting, in_tm
     assert the("a:optim.lr=0.1 init_from=single_task", setting).unlike(setting) == {}
     assert the("a:batch_size=32", setting).unlike(setting) == {"images": 32}
     assert the("a:batch_size=8 optim.accumulate=2", setting).unlike(setting) == {}
-    assert the("a:optim.accumulate=2 data.mixing=proportional", setting).unlike(setting) == {"images": 32, "draws": ["mixing"]}
+    odd = "a:optim.accumulate=2 data.mixing=proportional data.class_balanced=[tiny_a]"
+    assert the(odd, setting).unlike(setting) == {"images": 32, "draws": ["class_balanced"]}
+    several = replace(setting, datasets={"tiny_a": "tiny", "tiny_b": "another"})
+    assert the(odd, several).unlike(several) == {"images": 32, "draws": ["mixing", "class_balanced"]}
     assert the("a:init_from.tiny_b=w.safetensors", setting).unlike(setting) == {"init_from": ["tiny_b"]}
 
 
@@ -136,7 +141,7 @@ def test_a_wide_network_of_one_task_has_the_parameters_of_all_tasks(setting: Set
 
 
 class WholeWidth(mtl.Options):
-    width: int = 2
+    width: int = Field(2, ge=2)
 
 
 @mtl.register_backbone("whole_width", options=WholeWidth)
@@ -157,8 +162,11 @@ def test_a_width_may_be_a_whole_number_and_may_lead_nowhere(base: RunConfig) -> 
     setting = Facts(config).setting
     pieces = the("single_task_wide", setting).pieces(setting, 1.0, 0)
     assert [piece.config.backbone.options for piece in pieces] == [WholeWidth(width=6)] * 3  # of 414 parameters 411 or 404
-    with pytest.raises(mtl.ConfigError, match=r"backbone\.width=2 trains 100 parameters, no more than half of that does"):
+    with pytest.raises(mtl.ConfigError, match=r"backbone\.width=128 trains 100 parameters, no more than the config's does"):
         widened(config, 1000, lambda _: 100)
+    alone = config.replaced(tasks=["tiny_a"], backbone={"name": "whole_width", "width": 8})
+    widths = {wanted: widened(alone, wanted, setting.parameters).backbone.options for wanted in (100, 200, 547, 5000)}
+    assert widths == {wanted: WholeWidth(width=width) for wanted, width in {100: 2, 200: 3, 547: 8, 5000: 73}.items()}
 
 
 def test_a_warm_start_is_from_the_single_task_runs_of_the_same_seed(setting: Setting) -> None:
@@ -539,7 +547,7 @@ def test_plans_that_mean_nothing(given: dict[str, Any], message: str, base: RunC
 
 
 def test_a_first_seed_below_zero_is_told_as_the_configs(base: RunConfig) -> None:
-    with pytest.raises(mtl.ConfigError, match=r"seed: the first of them, from 0 to 2,147,473,648; found -1"):
+    with pytest.raises(mtl.ConfigError, match=r"seed: the first of 3, from 0 to 2,147,483,645; found -1"):
         comparison.wanted(base.replaced(seed=-1), 3, None, 1)
 
 
@@ -926,6 +934,47 @@ def test_what_exchanges_nothing_is_known_by_its_units_not_by_its_name(base: RunC
     }
     arms = arms_of(["cross_stitch_frozen", "cross_stitch", "unshared", own], facts.base, facts.setting.points)
     assert [arm.name for arm in arms if facts.besides(arm)["apart"]] == ["cross_stitch_frozen", "mine"]
+    data = {"validation": 12, "datasets": {"shapes": {"train": 60, "test": 40}}}
+    two = Facts(resolved(base.replaced(tasks=["tiny_a", "shapes_kind"], data=data)))  # whose towers see the images of both
+    [frozen_too] = arms_of(["cross_stitch_frozen"], two.base, two.setting.points)
+    assert not two.besides(frozen_too)["apart"]
+
+
+@dataclass(frozen=True)
+class Deep(mtl.Classification):
+    hidden: int = 0
+
+    def build(self, features: tuple[int, ...]) -> nn.Module:
+        classes = len(self.classes)
+        more = [nn.Linear(classes, self.hidden), nn.Linear(self.hidden, classes)] if self.hidden else []
+        return nn.Sequential(super().build(features), *more)
+
+
+class DeepOptions(mtl.Options):
+    hidden: int = 0
+
+
+@mtl.register_task("tiny_deep", options=DeepOptions)
+def tiny_deep(options: DeepOptions) -> mtl.Task:
+    return mtl.Task("tiny", "a", Deep(("dark", "grey", "light"), hidden=options.hidden))
+
+
+def test_a_head_of_an_arm_of_its_own_is_counted_as_its_own(base: RunConfig, in_tmp: Path) -> None:
+    config = base.replaced(tasks=["tiny_deep", "tiny_b"], epochs=1)
+    arms = ["unshared", "deep:tasks.0.hidden=5 sharing.kind=unshared"]
+    for seeds in (1, 2):  # the second finds the runs of the first, which are not of another network
+        plain, deep = mtl.compare(config, arms, seeds, out="one", fractions=[0.5]).results["cells"][:2]
+        assert deep["cost"]["parameters"] - plain["cost"]["parameters"] == (3 * 5 + 5) + (5 * 3 + 3)
+
+
+def test_what_a_run_cannot_do_is_no_other_config(base: RunConfig, in_tmp: Path) -> None:
+    """One tower is not batched, and no unit compiled where there is none, which runs write down."""
+    config = base.replaced(execution="batched", epochs=1)
+    mtl.compare(config, ["single_task"], 1, out="one")
+    [run, _] = Path("one/runs").iterdir()
+    assert load(run / "config.yaml").execution == "towers"
+    (run / "result.json").unlink()
+    mtl.compare(config, ["single_task"], 2, out="one")
 
 
 def test_images_of_two_sizes_are_analysed_as_they_were_trained(in_tmp: Path) -> None:
@@ -1148,7 +1197,7 @@ def test_the_answer_says_who_was_given_more() -> None:
         if cell["arm"] == "big":
             cell["images"] = {"t0": 6400}
     [said] = tell(results)
-    assert "big takes 64 images in a step instead of 16 and saw 4 times as many in all, and differences" in said["answer"]
+    assert "big takes 64 images in a step instead of 16, and in all 4 times as many as unshared; differences" in said["answer"]
     assert "pre draws its samples otherwise (class_balanced), and differences are also of that." in said["answer"]
     assert "pre starts t0 from given weights, whose training is not counted" in said["answer"]
     for cell in results["cells"]:
@@ -1156,7 +1205,12 @@ def test_the_answer_says_who_was_given_more() -> None:
             cell["images"], cell["steps"] = {"t0": 1600}, {"t0": 25}
     [said] = tell(results)
     assert "(unshared 100, big 25, pre 100)" in said["answer"]
-    assert "big takes 64 images in a step instead of 16 and saw as many in all, and differences" in said["answer"]
+    assert "big takes 64 images in a step instead of 16, and in all as many as unshared; differences" in said["answer"]
+    results["reference"] = "pre"
+    for cell in results["cells"]:
+        if cell["arm"] == "pre":
+            cell["images"] = {"t0": 3200}
+    assert "and in all 0.5 times as many as pre; differences" in tell(results)[0]["answer"]
 
 
 def test_the_answer_says_who_saw_labels_more_often() -> None:
@@ -1423,6 +1477,12 @@ def test_the_command_line_prints_one_json_object_and_finds_its_arms(in_tmp: Path
     app(arguments, standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert [arm["name"] for arm in found["arms"]] == ["unshared", "slow", "mine"]
+    app([*arguments, "--dry-run"], standalone_mode=False)
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["runs"], plan["finished"], plan["directory"]) == (3, 3, found["directory"])
+    app([*arguments[:-1], "--dry-run", "--arms", "", "--seeds", "5,"], standalone_mode=False)
+    people = yaml.safe_load(capsys.readouterr().out)
+    assert (people["seeds"], people["arms"]["mine"]["steps of a run"]) == ([5], 6)
     assert re.fullmatch("runs/compare-c-[0-9a-f]{12}", found["directory"])
 
 
